@@ -1,0 +1,1 @@
+"""The four Lagwise services. Siblings: none imports another."""

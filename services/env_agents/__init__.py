@@ -1,0 +1,1 @@
+"""Env agents: play episodes against environments, ask rollouts for tokens."""

@@ -1,0 +1,1 @@
+"""Learner: owns the policy, issues tickets, trains, publishes versions."""

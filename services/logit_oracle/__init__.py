@@ -1,0 +1,1 @@
+"""Logit oracle: scores every token under the version that sampled it."""

@@ -1,0 +1,1 @@
+"""Rollout: token ids in, stamped tokens and sampler log-probs out."""

@@ -1,0 +1,102 @@
+"""What a rollout asks of an inference engine: the torch engine here, vLLM next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from shared.wire.messages import SampledTokens
+from shared.wire.trajectory import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """One turn to sample."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    """The whole prefix."""
+    sampling: SamplingParams
+    max_new_tokens: int
+    seed: int
+    seed_offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """Tokens, log-probs and exact stamps of one (partial) turn."""
+
+    sampled: SampledTokens
+    finish: Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """A snapshot for admission and metrics."""
+
+    running: int
+    waiting: int
+    kv_used_ratio: float
+    counters: dict[str, float] = field(default_factory=dict[str, float])
+    """Monotonic: sampled_tokens, prefill_tokens, prefix_hit_tokens, swaps, swap_s, busy_s."""
+
+
+class Engine(Protocol):
+    """Token ids in, stamped tokens out.
+
+    Every sampled token is stamped with the version whose weights *and* KV cache produced it:
+    an update happens at a token boundary and re-prefills the prefix of what is running.
+    """
+
+    context_tokens: int
+
+    @property
+    def version(self) -> int:
+        """Version in use; -1 before the first update. Void (-1) while one is being written."""
+        ...
+
+    async def start(self) -> None: ...
+
+    async def sample(self, spec: SampleSpec) -> SampleResult:
+        """Sample one turn with continuous batching.
+
+        Raises:
+            ValueError: the prefix and its answer do not fit the context, unknown token ids, or
+                sampling parameters the engine cannot honour.
+            EngineDead: the engine cannot sample any more.
+        """
+        ...
+
+    async def update(
+        self, version: int, state: Mapping[str, torch.Tensor], changed: Set[str] | None
+    ) -> None:
+        """Swap to `version` at a token boundary; `changed` names tensors that differ, None = all.
+
+        Raises:
+            ValueError: names, shapes or dtypes disagree with the model; the old weights stay.
+            EngineDead: the swap failed half-way.
+        """
+        ...
+
+    def device_digest(self) -> str:
+        """Digest of the cast device copy, to hold against the same cast of the source."""
+        ...
+
+    def interrupt(self, request_id: str | None = None) -> None:
+        """End one running request (None: all) at the next token boundary, as `interrupted`."""
+        ...
+
+    def num_sampled(self, request_id: str) -> int:
+        """Tokens a running request has so far, for heartbeats."""
+        ...
+
+    def load(self) -> EngineLoad: ...
+
+    async def close(self) -> None: ...
+
+
+class EngineDead(Exception):
+    """The engine is gone: the pod goes unready and restarts it."""

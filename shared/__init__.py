@@ -1,0 +1,1 @@
+"""What the services share: wire contract, algorithms, backends, runtime, weights, CLI."""

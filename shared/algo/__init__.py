@@ -1,0 +1,1 @@
+"""Pure functions of the off-policy correction. No IO."""

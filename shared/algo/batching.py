@@ -1,0 +1,83 @@
+"""Packed batches: variable-length sequences laid end to end, and how they are balanced.
+
+Shapes: T tokens of the packed batch, B sequences in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences laid end to end without padding."""
+
+    token_ids_T: torch.Tensor
+    """i64."""
+    positions_T: torch.Tensor
+    """i64: position inside the own sequence, from 0."""
+    lengths: tuple[int, ...]
+    """Length of each of the B sequences, in order; they sum to T."""
+    per_token: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    """Further [T] tensors that travel with the tokens: loss_mask, old log-probs, advantages, ..."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids_T.shape[0])
+
+    def split(self, values_T: torch.Tensor) -> list[torch.Tensor]:
+        """Cut a [T] tensor back into its B sequences."""
+        return list(torch.split(values_T, list(self.lengths)))
+
+
+def pack(
+    token_ids: Sequence[np.ndarray | torch.Tensor],
+    per_token: dict[str, Sequence[np.ndarray | torch.Tensor]] | None = None,
+) -> PackedBatch:
+    """Lay sequences end to end, in the given order.
+
+    Args:
+        token_ids: B integer arrays [T_i], each of at least one token.
+        per_token: by name, B arrays of the same lengths.
+
+    Raises:
+        ValueError: an empty sequence, or a per-token array of another length.
+    """
+    lengths = tuple(len(ids) for ids in token_ids)
+    if not lengths or min(lengths) == 0:
+        raise ValueError("pack needs at least one sequence, none of them empty")
+    extra: dict[str, torch.Tensor] = {}
+    for name, arrays in (per_token or {}).items():
+        if tuple(len(a) for a in arrays) != lengths:
+            raise ValueError(f"per-token array {name!r} does not match the sequence lengths")
+        extra[name] = torch.cat([torch.as_tensor(np.array(a)) for a in arrays])
+    return PackedBatch(
+        token_ids_T=torch.cat([torch.as_tensor(np.array(t)).long() for t in token_ids]),
+        positions_T=torch.cat([torch.arange(n) for n in lengths]),
+        lengths=lengths,
+        per_token=extra,
+    )
+
+
+def balance(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group sequence indices into packs of at most `max_tokens`, longest first (first fit).
+
+    A sequence longer than `max_tokens` gets a pack of its own. Deterministic.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    packs: list[list[int]] = []
+    totals: list[int] = []
+    for index in order:
+        for number, total in enumerate(totals):
+            if total + lengths[index] <= max_tokens:
+                packs[number].append(index)
+                totals[number] += lengths[index]
+                break
+        else:
+            packs.append([index])
+            totals.append(lengths[index])
+    return packs

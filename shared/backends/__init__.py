@@ -1,0 +1,1 @@
+"""The training-side model behind one Protocol, shared by learner and oracle."""

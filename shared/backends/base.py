@@ -1,0 +1,90 @@
+"""The training-side model: one Protocol that learner and oracle share.
+
+Shapes: T tokens of a packed batch, B sequences in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from shared.algo.batching import PackedBatch
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """What a training forward hands to the loss; both carry gradient.
+
+    Position t holds the quantity of token t given the tokens before it in its own sequence
+    (0 at each sequence's first token): no caller ever shifts.
+    """
+
+    logprobs_T: torch.Tensor
+    entropy_T: torch.Tensor | None
+
+
+LossFn = Callable[[ForwardOutput, PackedBatch], torch.Tensor]
+"""Returns the scalar to differentiate (already divided by the global denominator)."""
+
+
+class Backend(Protocol):
+    """Score and train one causal language model.
+
+    The published weights are `state()`: names, dtypes and values that a follower's `load_state`
+    turns into the same forward, bit for bit in the same layout.
+    """
+
+    name: str
+    dtype: torch.dtype
+
+    def load_hf(self, path: Path) -> None:
+        """Load a Hugging Face directory.
+
+        Raises:
+            ValueError: missing, unreadable, or an unknown architecture; one line.
+        """
+        ...
+
+    def export_hf(self, path: Path) -> None: ...
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Return the published parameters and buffers by Hugging Face name, tied ones once.
+
+        Live views: clone before keeping.
+        """
+        ...
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Replace all weights (names, shapes and dtypes must match exactly).
+
+        Raises:
+            ValueError: names both sides of the first disagreement.
+        """
+        ...
+
+    def score(self, batch: PackedBatch, *, temperature: float) -> torch.Tensor:
+        """Return logprobs_T without gradient, dtype fp32 (fp64 for an fp64 model)."""
+        ...
+
+    def forward_backward(
+        self, batch: PackedBatch, loss_fn: LossFn, *, temperature: float, with_entropy: bool
+    ) -> float:
+        """Accumulate gradients of one micro-batch; return the loss value."""
+        ...
+
+    def step(self, lr: float, *, max_grad_norm: float) -> float:
+        """Clip, apply one optimizer step, clear gradients; return the gradient norm.
+
+        A non-finite norm skips the update (gradients cleared, the norm returned).
+        """
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write weights and optimizer state into a directory."""
+        ...
+
+    def load(self, path: Path) -> None: ...

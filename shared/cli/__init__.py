@@ -1,0 +1,1 @@
+"""The lagwise command: supervisor, recorder, audit, report."""

@@ -1,0 +1,1 @@
+"""Bus, config, metrics, logs and process life cycle."""

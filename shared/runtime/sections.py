@@ -1,0 +1,143 @@
+"""Sections of `config:` that more than one service reads. Each service adds its own section."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shared.wire.trajectory import SamplingParams
+
+
+class Section(BaseModel):
+    """A part of the configuration: strict, so that a typo fails at start."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunSection(Section):
+    """Which run this is."""
+
+    name: str = "run"
+    """Namespaces subjects, streams and buckets."""
+    seed: int = 0
+    dir: str = "runs/run"
+    """Folder of checkpoints, archive and report; on a cluster a mounted volume."""
+
+
+class BusSection(Section):
+    """How to reach NATS, and the bounds of every wait on it."""
+
+    url: str = "nats://127.0.0.1:4222"
+    connect_timeout_s: float = Field(default=20.0, gt=0)
+    """At start: exit with code 2 when nothing answers for so long."""
+    request_timeout_s: float = Field(default=3.0, gt=0)
+    """One attempt of an append or a JetStream call."""
+    retry_s: float = Field(default=60.0, gt=0)
+    """How long an operation is retried before it fails the service."""
+    max_stream_bytes: int = Field(default=4 * 1024**3, gt=0)
+    """Per stream; a full stream is a fault, never back-pressure."""
+
+
+class ModelSection(Section):
+    """The policy."""
+
+    source: str = "examples/frozen_lake/base"
+    """Hugging Face directory."""
+    model_id: str = "policy"
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of the published bytes and of the training forward."""
+
+
+class TaskSection(Section):
+    """What is played."""
+
+    dataset: str = "frozen_lake"
+    source: str = "services.learner.task_source:SeededTaskSource"
+    """Import path of the TaskSource."""
+    environment: str = "services.env_agents.tasks.frozen_lake:FrozenLake"
+    """Import path of the Environment: any class that satisfies the Protocol."""
+    renderer: str = "services.env_agents.text_renderer:TextRenderer"
+    """Import path of the Renderer."""
+    options: dict[str, Any] = {}
+    """Handed to the environment as written."""
+    max_turns: int = Field(default=10, gt=0)
+
+
+class SamplingSection(Section):
+    """How tokens are drawn."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_new_tokens: int = Field(default=8, gt=0)
+    """Per turn."""
+    context_tokens: int = Field(default=192, gt=0)
+    """Longest prompt + answers of one sequence."""
+
+    @model_validator(mode="after")
+    def _no_truncation(self) -> Self:
+        if self.top_p < 1 or self.top_k:
+            raise ValueError(
+                "truncated sampling (top_p, top_k) needs a recorded keep-set, which no engine "
+                "here records yet: use top_p: 1.0 and top_k: 0"
+            )
+        return self
+
+    def params(self, stop_ids: tuple[int, ...] = ()) -> SamplingParams:
+        """Return the wire form."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=stop_ids,
+        )
+
+
+class AdmissionSection(Section):
+    """How much is in flight and how old it may become (docs/staleness.md)."""
+
+    groups_per_version: int = Field(default=16, gt=0)
+    """P."""
+    group_size: int = Field(default=8, gt=0)
+    max_staleness: int = Field(default=4, ge=0)
+    """η, in versions."""
+    on_stale: Literal["hold", "mask", "drop"] = "hold"
+    ticket_deadline_s: float = Field(default=60.0, gt=0)
+    sync_slack: int = Field(default=2, ge=0)
+    """Publication waits while no live rollout is within so many versions."""
+    max_outstanding_groups: int | None = Field(default=None, gt=0)
+    """A tighter bound on groups in flight than P·(η+1)."""
+
+
+class OldLogprobsSection(Section):
+    """Where old log-probs come from."""
+
+    route: Literal["oracle"] = "oracle"
+    shadow: tuple[Literal["current_recompute"], ...] = ("current_recompute",)
+    """Further routes computed beside it and compared, never trained on."""
+
+
+class TelemetrySection(Section):
+    """Metrics, probes, leases, logs."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, le=65535)
+    """/metrics /healthz /readyz; 0 = any free port."""
+    lease_interval_s: float = Field(default=2.0, gt=0)
+    lease_expiry_s: float = Field(default=6.0, gt=0)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+
+class CommonConfig(Section):
+    """What every service reads."""
+
+    run: RunSection = RunSection()
+    bus: BusSection = BusSection()
+    model: ModelSection = ModelSection()
+    task: TaskSection = TaskSection()
+    sampling: SamplingSection = SamplingSection()
+    admission: AdmissionSection = AdmissionSection()
+    old_logprobs: OldLogprobsSection = OldLogprobsSection()
+    telemetry: TelemetrySection = TelemetrySection()

@@ -1,0 +1,1 @@
+"""Publishing, following and keeping versions of the policy."""

@@ -1,0 +1,1 @@
+"""The wire contract: messages, subjects, codec. No NATS, torch or asyncio."""
