@@ -1,0 +1,65 @@
+"""The learner's section of the configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from shared.runtime.algo_section import AlgoSection
+from shared.runtime.sections import CommonConfig, Section
+
+
+class OptimizerSection(Section):
+    """AdamW and its schedule, counted in versions."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    schedule: Literal["linear", "constant"] = "linear"
+    """linear: from lr to lr·final_ratio at the last version."""
+    final_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_versions: int = Field(default=0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    minibatches: int = Field(default=1, gt=0)
+    """Optimizer steps per version."""
+    micro_batch_tokens: int = Field(default=16384, gt=0)
+
+
+class EvalSection(Section):
+    """Held-out evaluation, outside admission."""
+
+    episodes: int = Field(default=512, ge=0)
+    """At the first and the last version; 0 = none."""
+    progress_episodes: int = Field(default=0, ge=0)
+    progress_every: int = Field(default=20, gt=0)
+    """Versions between evaluations during training."""
+
+
+class CheckpointSection(Section):
+    """What a restart can go back to."""
+
+    every_versions: int = Field(default=5, gt=0)
+    keep: int = Field(default=2, gt=0)
+
+
+class LearnerSection(Section):
+    """Training."""
+
+    versions: int = Field(default=100, gt=0)
+    """The run ends when this version is published."""
+    optimizer: OptimizerSection = OptimizerSection()
+    algo: AlgoSection = AlgoSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    keyframe_every: int = Field(default=16, gt=0)
+    sync_wait_s: float = Field(default=30.0, gt=0)
+    """Longest delay of a publication for rollouts that are behind."""
+    shadow_every: int = Field(default=1, gt=0)
+    """Versions between comparisons of the shadow routes."""
+
+
+class LearnerConfig(CommonConfig):
+    """What the learner reads."""
+
+    learner: LearnerSection = LearnerSection()
