@@ -7,7 +7,7 @@ implement this and pass the same contract suite (`tests/runtime/test_bus_contrac
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -178,11 +178,12 @@ class Bus(Protocol):
 
     def read(
         self, stream: StreamName, start_seq: int, *, subject: str | None = None
-    ) -> AsyncIterator[list[Record]]:
+    ) -> AsyncGenerator[list[Record], None]:
         """Read in order from `start_seq` on, for ever; yields non-empty batches, in order, no gap.
 
         Survives reconnects and server restarts by re-reading from the last position. Sequences
-        purged before they were read are skipped. `subject` filters (wildcards allowed).
+        purged before they were read are skipped. `subject` filters (wildcards allowed). Close it
+        (`contextlib.aclosing`) when leaving the loop early.
         """
         ...
 
