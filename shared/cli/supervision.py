@@ -69,10 +69,11 @@ class Tick:
 
 @dataclass(frozen=True)
 class StopAsked:
-    """Someone asked to stop (Ctrl-C, SIGTERM); a second time means at once."""
+    """Someone asked to stop (Ctrl-C, SIGTERM, the bus did not start); twice means at once."""
 
     at: float
     reason: str
+    code: int = 130
 
 
 Event = Exited | Tick | StopAsked
@@ -172,10 +173,10 @@ class Supervision:
                 return self._on_exit(event)
             case Tick(at):
                 return self._on_tick(at)
-            case StopAsked(at, reason):
+            case StopAsked(at, reason, code):
                 if self.stopping:
                     return self._kill_everything()
-                return self._stop(at, Finished(130, reason))
+                return self._stop(at, Finished(code, reason))
 
     def _on_exit(self, event: Exited) -> list[Action]:
         state = self._states[event.pod]
