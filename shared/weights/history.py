@@ -113,7 +113,8 @@ def _kept(
     kept: dict[str, torch.Tensor] = {}
     for spec in manifest.tensors:
         tensor = state[spec.name]
-        if older_digests.get(spec.name) == spec.digest and same_bits(older[spec.name], tensor):
+        same = older_digests.get(spec.name) == spec.digest
+        if same and (older[spec.name] is tensor or same_bits(older[spec.name], tensor)):
             kept[spec.name] = older[spec.name]
         else:
             kept[spec.name] = tensor if owned else tensor.detach().clone()
