@@ -10,7 +10,7 @@ starts from a version <= u + η.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -58,15 +58,20 @@ class Admission:
         """Lowest issue version in flight; the current version when nothing is."""
         return min(self.outstanding.values(), default=self.version)
 
-    def choose(self, ready: Iterable[str]) -> tuple[str, ...]:
+    def choose(self, ready: Iterable[str], *, hold: bool = True) -> tuple[str, ...]:
         """Return the next batch: the P oldest ready groups, or () when a step may not start.
 
         Ties are broken by group id so that the choice depends on the set alone.
+
+        Args:
+            ready: ids of complete groups.
+            hold: apply the hold rule; False for `on_stale: mask | drop`.
         """
         oldest_first = sorted(ready, key=lambda group: (self.outstanding[group], group))
         batch = tuple(oldest_first[: self.groups_per_version - self.trained_since_publication])
-        full = len(batch) + self.trained_since_publication == self.groups_per_version
-        return batch if full and not self.held_by(batch) else ()
+        if len(batch) + self.trained_since_publication < self.groups_per_version:
+            return ()
+        return () if hold and self.held_by(batch) is not None else batch
 
     def held_by(self, batch: Iterable[str]) -> int | None:
         """Return the issue version whose groups forbid training `batch` now, or None.
@@ -83,6 +88,6 @@ class Admission:
                 return u
         return None
 
-    def over_age(self, issue_versions: Mapping[str, int]) -> tuple[str, ...]:
-        """Return the groups whose tokens may already be older than η (for on_stale: drop)."""
-        return tuple(g for g, u in issue_versions.items() if self.version - u > self.max_staleness)
+    def over_age(self, ready: Iterable[str]) -> tuple[str, ...]:
+        """Return the ready groups whose tokens may be older than η (for `on_stale: drop`)."""
+        return tuple(g for g in ready if self.version - self.outstanding[g] > self.max_staleness)

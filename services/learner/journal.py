@@ -20,6 +20,11 @@ from shared.wire.journal import (
 from shared.wire.messages import Ticket
 
 
+def evaluation_group(name: str, version: int) -> str:
+    """Group id of an evaluation's tickets."""
+    return f"eval-{name}-v{version}"
+
+
 @dataclass
 class JournalState:
     """What the run has decided so far."""
@@ -60,6 +65,8 @@ class JournalState:
                 self._dispose(body)
             case Evaluated():
                 self.evaluations.append(body)
+                group_id = evaluation_group(body.name, body.version)
+                self._close([t.ticket_id for t in self._evaluation_tickets(group_id)])
             case RunFinished():
                 self.finished = body
             case _:
@@ -78,9 +85,21 @@ class JournalState:
                 groups.setdefault(ticket.group_id, []).append(ticket)
         return groups
 
-    def evaluation(self, name: str) -> Evaluated | None:
-        """Return the result of a named evaluation, once it is journalled."""
-        return next((e for e in self.evaluations if e.name == name), None)
+    def open_evaluations(self) -> dict[str, list[Ticket]]:
+        """Open evaluation tickets by evaluation, in issue order."""
+        rounds: dict[str, list[Ticket]] = {}
+        for ticket in self.open_tickets.values():
+            if ticket.purpose == "eval":
+                rounds.setdefault(ticket.group_id, []).append(ticket)
+        return rounds
+
+    def evaluation(self, name: str, version: int) -> Evaluated | None:
+        """Return the result of an evaluation, once it is journalled."""
+        found = (e for e in self.evaluations if (e.name, e.version) == (name, version))
+        return next(found, None)
+
+    def _evaluation_tickets(self, group_id: str) -> list[Ticket]:
+        return self.open_evaluations().get(group_id, [])
 
     def forget_batches(self, below_version: int) -> None:
         """Drop batches no retained checkpoint needs any more; the newest one always stays."""

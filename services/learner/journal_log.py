@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
+from contextlib import aclosing
 
 from services.learner.journal import JournalState
-from shared.runtime.bus import Bus
+from shared.runtime.bus import Bus, Record
 from shared.runtime.errors import Conflict, Fatal, Fenced
 from shared.wire.codec import decode, encode
 from shared.wire.errors import WireError
@@ -19,6 +21,7 @@ class JournalLog:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._last_seq = 0
+        self._writing = asyncio.Lock()
         self.state = JournalState()
 
     async def replay(self) -> int:
@@ -31,17 +34,13 @@ class JournalLog:
         num_entries = 0
         if end == 0:
             return 0
-        async for records in self._bus.read("journal", 1):
-            for record in records:
-                try:
-                    entry = decode(record.payload, JournalEntry)
-                except WireError as error:
-                    raise Fatal(f"journal entry {record.seq} cannot be read: {error}") from error
-                self.state.apply(entry.body)
-                self._last_seq = record.seq
-                num_entries += 1
-            if self._last_seq >= end:
-                break
+        async with aclosing(self._bus.read("journal", 1)) as batches:
+            async for records in batches:
+                for record in records:
+                    self._fold(record)
+                num_entries += len(records)
+                if self._last_seq >= end:
+                    break
         return num_entries
 
     async def write(self, body: JournalBody) -> None:
@@ -50,19 +49,30 @@ class JournalLog:
         Raises:
             Fenced: another learner has written since.
         """
+        async with self._writing:
+            self._last_seq = await self._append(body)
+            self.state.apply(body)
+
+    def _fold(self, record: Record) -> None:
+        try:
+            entry = decode(record.payload, JournalEntry)
+        except WireError as error:
+            raise Fatal(f"journal entry {record.seq} cannot be read: {error}") from error
+        self.state.apply(entry.body)
+        self._last_seq = record.seq
+
+    async def _append(self, body: JournalBody) -> int:
         entry = JournalEntry(entry_id=uuid.uuid4().hex, written_at=time.time(), body=body)
         subject = self._bus.subjects.journal
         try:
-            self._last_seq = await self._bus.append(
+            return await self._bus.append(
                 subject, encode(entry), expect_last_subject_seq=self._last_seq
             )
         except Conflict as conflict:
             # A lost acknowledgement looks the same as another writer: read back and compare.
             record = await self._bus.last(subject)
-            stored = decode(record.payload, JournalEntry) if record else None
-            if record is None or stored is None or stored.entry_id != entry.entry_id:
-                raise Fenced(
-                    "another learner writes this run's journal: stop one of the two"
-                ) from conflict
-            self._last_seq = record.seq
-        self.state.apply(body)
+            if record and decode(record.payload, JournalEntry).entry_id == entry.entry_id:
+                return record.seq
+            raise Fenced(
+                "another learner writes this run's journal: stop one of the two"
+            ) from conflict

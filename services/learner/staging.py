@@ -149,9 +149,13 @@ class Staging:
             if isinstance(terminal.outcome, Trajectory) and ticket not in self._scores
         )
 
-    def lowest_terminal_seq(self) -> int | None:
-        """Lowest stored terminal that an untrained group still needs."""
-        return min((t.seq for t in self._terminals.values()), default=None)
+    def floors(self, next_terminal: int, next_score: int) -> dict[str, int]:
+        """Return by stream the lowest sequence that an untrained group may still need."""
+        scores = [*self._scores.values(), *self._early_scores.values()]
+        return {
+            "terminals": min((t.seq for t in self._terminals.values()), default=next_terminal),
+            "scores": min((s.seq for s in scores), default=next_score),
+        }
 
     def _on_issued(self, event: GroupIssued) -> list[Action]:
         assert event.group_id not in self._groups

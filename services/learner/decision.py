@@ -1,0 +1,70 @@
+"""Deciding a batch: advantages, masks and who carries no loss. Pure; journalled before its effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from services.learner.staging import CompleteGroup, Scored
+from shared.algo.advantages import GroupAdvantages
+from shared.wire.journal import Batch, Member, TrainedGroup
+
+AdvantageFn = Callable[[Sequence[float]], GroupAdvantages]
+
+
+def decide_batch(
+    groups: Sequence[CompleteGroup],
+    *,
+    version: int,
+    epoch: int,
+    seed: int,
+    advantage: AdvantageFn,
+    max_staleness: int,
+) -> Batch:
+    """Return the journal entry of the step from `version`; replay reads it and decides nothing."""
+    return Batch(
+        version=version,
+        epoch=epoch,
+        seed=seed,
+        groups=tuple(_decide_group(g, version, advantage, max_staleness) for g in groups),
+    )
+
+
+def unusable_versions(member: Scored, oldest_usable: int) -> set[int]:
+    """Return token versions that must leave the loss: over-age, or without an exact old log-prob."""
+    stamped = {span.version for s in member.trajectory.sequences for span in s.spans}
+    inexact = {
+        entry.version for s in member.scores for entry in s.versions if entry.status != "exact"
+    }
+    return {version for version in stamped if version < oldest_usable} | inexact
+
+
+def _decide_group(
+    group: CompleteGroup, version: int, advantage: AdvantageFn, max_staleness: int
+) -> TrainedGroup:
+    result = advantage([member.trajectory.reward for member in group.members])
+    masked: set[int] = set()
+    for member in group.members:
+        masked |= unusable_versions(member, version - max_staleness)
+    members = tuple(
+        Member(
+            ticket_id=member.ticket_id,
+            terminal_seq=member.terminal_seq,
+            terminal_digest=member.terminal_digest,
+            score_seq=member.score_seq,
+            reward=member.trajectory.reward,
+            advantage=value,
+        )
+        for member, value in zip(group.members, result.values, strict=True)
+    )
+    no_loss: Literal["", "zero_variance", "too_few_members"] = ""
+    if not result.has_loss:
+        no_loss = "too_few_members" if len(members) < 2 else "zero_variance"
+    return TrainedGroup(
+        group_id=group.group_id,
+        issue_version=group.issue_version,
+        members=members,
+        failed=group.failed,
+        no_loss=no_loss,
+        masked_versions=tuple(sorted(masked)),
+    )

@@ -1,0 +1,53 @@
+"""One evaluation in progress: which held-out tickets ended how. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shared.wire.journal import Evaluated
+from shared.wire.messages import Ticket
+from shared.wire.trajectory import Outcome, Trajectory
+
+
+@dataclass
+class EvaluationRound:
+    """Collects the outcomes of one evaluation's tickets."""
+
+    name: str
+    """`base`, `progress` or `final`."""
+    version: int
+    tickets: dict[str, Ticket]
+    """By ticket id; all of one evaluation."""
+    outcomes: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
+
+    def record(self, ticket_id: str, outcome: Outcome) -> None:
+        """Keep the first outcome of a ticket of this round; others are ignored."""
+        if ticket_id in self.tickets:
+            self.outcomes.setdefault(ticket_id, outcome)
+
+    @classmethod
+    def of(cls, tickets: Sequence[Ticket]) -> EvaluationRound:
+        """Rebuild a round from its tickets, whose group id names it."""
+        _, name, version = tickets[0].group_id.split("-")
+        return cls(name, int(version.removeprefix("v")), {t.ticket_id: t for t in tickets})
+
+    @property
+    def complete(self) -> bool:
+        return len(self.outcomes) == len(self.tickets)
+
+    def result(self) -> Evaluated:
+        """Return the journal entry; failed episodes are left out, never counted as zero."""
+        assert self.complete
+        played = [
+            (ticket.task.index, outcome.reward)
+            for ticket_id, ticket in self.tickets.items()
+            if isinstance(outcome := self.outcomes[ticket_id], Trajectory)
+        ]
+        return Evaluated(
+            version=self.version,
+            name=self.name,
+            task_indices=tuple(index for index, _ in played),
+            rewards=tuple(reward for _, reward in played),
+            num_failed=len(self.tickets) - len(played),
+        )

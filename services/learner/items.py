@@ -1,0 +1,131 @@
+"""From a journalled batch and its trajectories to arrays per sequence. Pure.
+
+T is the number of tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from services.learner.staging import Scored
+from shared.algo.batching import PackedBatch, pack
+from shared.wire.journal import Batch, TrainedGroup
+from shared.wire.messages import SequenceScore
+from shared.wire.trajectory import Sequence as TokenSequence
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sequence as the loss sees it."""
+
+    token_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.bool_]
+    """True where the token is in the loss."""
+    sampled_mask: npt.NDArray[np.bool_]
+    """True where the policy sampled the token, masked or not."""
+    versions: npt.NDArray[np.int64]
+    """Stamp, -1 where nothing was sampled."""
+    old_logprobs: npt.NDArray[np.floating]
+    sampler_logprobs: npt.NDArray[np.floating]
+    advantage: float
+    sequence_id: int
+    """Index among the batch's items, for sequence-level terms."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class BatchItems:
+    """The loss's sequences, and what was admitted in all."""
+
+    items: tuple[Item, ...]
+    """Sequences of groups that carry loss."""
+    sampled_tokens: int
+    """Sampled tokens of every admitted trajectory, groups without loss included."""
+    should_train_tokens: int
+    """Sampled tokens of groups that carry loss: the denominator of the exactness ratio."""
+    exact_tokens: int
+    """Those among them whose old log-prob is exact and in the loss."""
+    ages: npt.NDArray[np.int64]
+    """Age in versions of every sampled token that is in the loss."""
+
+
+def build_items(
+    batch: Batch,
+    members: Mapping[str, Scored],
+    old: Mapping[str, tuple[SequenceScore, ...]],
+) -> BatchItems:
+    """Arrange a batch in journal order; the same entry gives the same arrays on replay."""
+    items: list[Item] = []
+    sampled = should_train = exact = 0
+    ages: list[npt.NDArray[np.int64]] = []
+    for group in batch.groups:
+        for member in group.members:
+            scored = members[member.ticket_id]
+            sequences = scored.trajectory.sequences
+            num_sampled = sum(int(s.loss_mask.numpy().sum()) for s in sequences)
+            sampled += num_sampled
+            if group.no_loss:
+                continue
+            should_train += num_sampled
+            for sequence, score in zip(sequences, old[member.ticket_id], strict=True):
+                item = _item(sequence, score, group, member.advantage, len(items))
+                exact += int(item.loss_mask.sum())
+                ages.append(batch.version - item.versions[item.loss_mask])
+                items.append(item)
+    return BatchItems(
+        items=tuple(items),
+        sampled_tokens=sampled,
+        should_train_tokens=should_train,
+        exact_tokens=exact,
+        ages=np.concatenate(ages) if ages else np.zeros(0, dtype=np.int64),
+    )
+
+
+def shuffled_minibatches(items: Sequence[Item], count: int, seed: int) -> list[list[Item]]:
+    """Split into `count` parts of nearly equal size after a permutation fixed by `seed`."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    parts = np.array_split(order, min(count, len(items)) or 1)
+    return [[items[i] for i in part] for part in parts if len(part)]
+
+
+def pack_items(items: Sequence[Item]) -> PackedBatch:
+    """Lay items end to end with the per-token tensors that the loss reads."""
+    return pack(
+        [item.token_ids for item in items],
+        {
+            "loss_mask": [item.loss_mask for item in items],
+            "old_logprobs": [item.old_logprobs for item in items],
+            "sampler_logprobs": [item.sampler_logprobs for item in items],
+            "advantages": [
+                np.full(item.num_tokens, item.advantage, dtype=item.old_logprobs.dtype)
+                for item in items
+            ],
+            "versions": [item.versions for item in items],
+        },
+    )
+
+
+def _item(
+    sequence: TokenSequence, score: SequenceScore, group: TrainedGroup, advantage: float, index: int
+) -> Item:
+    versions = np.full(sequence.token_ids.shape[0], -1, dtype=np.int64)
+    for span in sequence.spans:
+        versions[span.start : span.stop] = span.version
+    sampled = sequence.loss_mask.numpy().astype(bool)
+    return Item(
+        token_ids=sequence.token_ids.numpy(),
+        loss_mask=sampled & ~np.isin(versions, group.masked_versions),
+        sampled_mask=sampled,
+        versions=versions,
+        old_logprobs=score.old_logprobs.numpy(),
+        sampler_logprobs=sequence.arrays["sampler_logprobs"].numpy(),
+        advantage=advantage,
+        sequence_id=index,
+    )

@@ -1,0 +1,1 @@
+"""Old-logit routes of the learner: one interface, one file each."""
