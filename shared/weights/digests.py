@@ -10,6 +10,7 @@ Shapes: N elements of one tensor, K of them changed.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from shared.weights.bits import Bits, bits_dtype, code_of, to_bits
+from shared.weights.bits import Bits, bits_dtype, code_of, dtype_of, to_bits
 from shared.wire.weights import TensorSpec
 
 MASK = (1 << 64) - 1
@@ -120,6 +121,11 @@ def sha256_of(state: Mapping[str, torch.Tensor]) -> str:
 def num_bytes(state: Mapping[str, torch.Tensor]) -> int:
     """Return the size of all tensors."""
     return sum(t.numel() * t.element_size() for t in state.values())
+
+
+def specs_bytes(tensors: Iterable[TensorSpec]) -> int:
+    """Return the size of a version from its specs."""
+    return sum(math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in tensors)
 
 
 def _mixed_sum(ordinals: npt.NDArray[np.uint64], bits: Bits) -> int:

@@ -29,6 +29,12 @@ async def read_head(bus: Bus) -> Logged | None:
     return None if record is None else Logged(record.seq, decode(record.payload, Manifest))
 
 
+async def read_head_seq(bus: Bus) -> int:
+    """Return the sequence of the newest manifest, 0 when nothing was ever published."""
+    record = await bus.last(bus.subjects.manifest)
+    return 0 if record is None else record.seq
+
+
 async def read_retained(bus: Bus) -> list[Logged]:
     """Return every manifest still in the log, in order; unreadable ones are left out."""
     state = await bus.stream_state("manifests")
