@@ -11,6 +11,12 @@ from shared.wire.journal import Batch, Member, TrainedGroup
 
 AdvantageFn = Callable[[Sequence[float]], GroupAdvantages]
 
+_NO_LOSS: dict[str, Literal["", "zero_variance", "too_few_members"]] = {
+    "ok": "",
+    "zero_variance": "zero_variance",
+    "too_few": "too_few_members",
+}
+
 
 def decide_batch(
     groups: Sequence[CompleteGroup],
@@ -57,14 +63,11 @@ def _decide_group(
         )
         for member, value in zip(group.members, result.values, strict=True)
     )
-    no_loss: Literal["", "zero_variance", "too_few_members"] = ""
-    if not result.has_loss:
-        no_loss = "too_few_members" if len(members) < 2 else "zero_variance"
     return TrainedGroup(
         group_id=group.group_id,
         issue_version=group.issue_version,
         members=members,
         failed=group.failed,
-        no_loss=no_loss,
+        no_loss=_NO_LOSS[result.verdict],
         masked_versions=tuple(sorted(masked)),
     )

@@ -32,8 +32,8 @@ class Item:
     old_logprobs: npt.NDArray[np.floating]
     sampler_logprobs: npt.NDArray[np.floating]
     advantage: float
-    sequence_id: int
-    """Index among the batch's items, for sequence-level terms."""
+    trajectory: int
+    """Index of its trajectory in the batch: sequences of one trajectory share it."""
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +63,7 @@ def build_items(
 ) -> BatchItems:
     """Arrange a batch in journal order; the same entry gives the same arrays on replay."""
     items: list[Item] = []
-    sampled = should_train = exact = 0
+    sampled = should_train = exact = num_trajectories = 0
     ages: list[npt.NDArray[np.int64]] = []
     for group in batch.groups:
         for member in group.members:
@@ -74,8 +74,9 @@ def build_items(
             if group.no_loss:
                 continue
             should_train += num_sampled
+            num_trajectories += 1
             for sequence, score in zip(sequences, old[member.ticket_id], strict=True):
-                item = _item(sequence, score, group, member.advantage, len(items))
+                item = _item(sequence, score, group, member.advantage, num_trajectories)
                 exact += int(item.loss_mask.sum())
                 ages.append(batch.version - item.versions[item.loss_mask])
                 items.append(item)
@@ -108,12 +109,15 @@ def pack_items(items: Sequence[Item]) -> PackedBatch:
                 for item in items
             ],
             "versions": [item.versions for item in items],
+            "trajectory": [
+                np.full(item.num_tokens, item.trajectory, dtype=np.int64) for item in items
+            ],
         },
     )
 
 
 def _item(
-    sequence: TokenSequence, score: SequenceScore, group: TrainedGroup, advantage: float, index: int
+    sequence: TokenSequence, score: SequenceScore, group: TrainedGroup, advantage: float, trajectory: int
 ) -> Item:
     versions = np.full(sequence.token_ids.shape[0], -1, dtype=np.int64)
     for span in sequence.spans:
@@ -127,5 +131,5 @@ def _item(
         old_logprobs=score.old_logprobs.numpy(),
         sampler_logprobs=sequence.arrays["sampler_logprobs"].numpy(),
         advantage=advantage,
-        sequence_id=index,
+        trajectory=trajectory,
     )

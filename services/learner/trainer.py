@@ -1,0 +1,118 @@
+"""One optimisation round on a backend: minibatches, micro-batches, the numbers they leave.
+
+Deterministic: the same weights, optimizer state, batch and seed give the same bytes (on CPU with
+one thread), which is what lets a restored learner keep the version numbers it had committed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from services.learner.config import LearnerSection
+from services.learner.items import BatchItems, Item, pack_items, shuffled_minibatches
+from services.learner.schedule import learning_rate
+from shared.algo.batching import PackedBatch, balance
+from shared.algo.policy_loss import MinibatchLoss, PolicyLoss, count
+from shared.backends.base import Backend
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a round did, detached."""
+
+    scalars: dict[str, float]
+    arrays: dict[str, npt.NDArray[np.floating]]
+    optimizer_steps: int
+    """Taken in this round; 0 when no token carried loss."""
+
+
+class Trainer:
+    """Runs the configured objective on a backend."""
+
+    def __init__(
+        self, backend: Backend, section: LearnerSection, *, temperature: float, num_ages: int
+    ) -> None:
+        """Train `backend`; ages at or above `num_ages` share the last bin of the per-age sums."""
+        self._backend = backend
+        self._section = section
+        self._temperature = temperature
+        self._num_ages = num_ages
+        self._policy_loss = PolicyLoss(section.algo.objective())
+
+    def step(self, batch: BatchItems, *, version: int, seed: int) -> StepOutcome:
+        """Take the optimizer steps from `version` to `version + 1`."""
+        optimizer = self._section.optimizer
+        lr = learning_rate(optimizer, version, self._section.versions)
+        started = time.perf_counter()
+        scalars = _admitted(batch)
+        arrays: dict[str, npt.NDArray[np.floating]] = {}
+        norms: list[float] = []
+        trainable = [item for item in batch.items if item.loss_mask.any()]
+        for minibatch in shuffled_minibatches(trainable, optimizer.minibatches, seed):
+            micros = self._micro_batches(minibatch)
+            loss = self._policy_loss.minibatch(
+                count(micros, self._section.algo.horizon), version_now=version, first=not norms
+            )
+            for micro in micros:
+                self._backend.forward_backward(
+                    micro,
+                    loss,
+                    temperature=self._temperature,
+                    with_entropy=self._policy_loss.needs_entropy,
+                )
+            norms.append(self._backend.step(lr, max_grad_norm=optimizer.max_grad_norm))
+            self._note(loss, scalars, arrays, first=len(norms) == 1)
+        scalars |= {
+            "lr": lr,
+            "grad_norm": float(np.mean(norms)) if norms else 0.0,
+            "skipped_steps": float(sum(not math.isfinite(norm) for norm in norms)),
+            "compute_s": time.perf_counter() - started,
+        }
+        return StepOutcome(scalars, arrays, len(norms))
+
+    def _micro_batches(self, items: list[Item]) -> list[PackedBatch]:
+        packs = balance([i.num_tokens for i in items], self._section.optimizer.micro_batch_tokens)
+        return [pack_items([items[index] for index in pack]) for pack in packs]
+
+    def _note(
+        self,
+        loss: MinibatchLoss,
+        scalars: dict[str, float],
+        arrays: dict[str, npt.NDArray[np.floating]],
+        *,
+        first: bool,
+    ) -> None:
+        reported, sums = loss.report(scatter_size=96, num_ages=self._num_ages)
+        if first:
+            scalars |= reported
+            # On the first minibatch nothing has left θ_v yet, so that exp(ℓ - ℓ^inf) is what D
+            # would be under `current_recompute`: the shadow route at no extra forward.
+            arrays |= {
+                "age_shadow_tokens": sums["age_count"],
+                "age_k3_d_exact": sums["age_k3_d_sum"],
+                "age_k3_d_current_recompute": sums["age_k3_rho_sum"],
+                "age_k3_s": sums["age_k3_s_sum"],
+                "scatter": sums["scatter"],
+            }
+            return
+        # Later minibatches see weights that have moved: their figures are kept apart.
+        scalars |= {f"last_{name}": value for name, value in reported.items()}
+
+
+def _admitted(batch: BatchItems) -> dict[str, float]:
+    ages = batch.ages
+    total = batch.should_train_tokens
+    return {
+        "loss_tokens": float(len(ages)),
+        "exact_tokens": float(batch.exact_tokens),
+        "should_train_tokens": float(total),
+        "old_logits_exact_ratio": batch.exact_tokens / total if total else 1.0,
+        "tokens_trained": float(batch.sampled_tokens),
+        "staleness_mean": float(ages.mean()) if len(ages) else 0.0,
+        "staleness_max": float(ages.max()) if len(ages) else 0.0,
+    }
