@@ -1,0 +1,89 @@
+"""The growing token sequence of an episode: ids, loss mask, version stamps, log-probs.
+
+T is the number of tokens so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+
+import numpy as np
+
+from shared.wire.base import Array
+from shared.wire.messages import SampledTokens
+from shared.wire.trajectory import Sequence, Span, Turn
+
+
+class SequenceBuilder:
+    """Ids are only ever appended: what was sampled is never tokenised again.
+
+    Args:
+        capacity: most tokens it may hold.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._ids = np.zeros(capacity, dtype="<i4")
+        self._mask = np.zeros(capacity, dtype="<u1")
+        self._logprobs = np.zeros(capacity, dtype="<f4")
+        self._spans: list[Span] = []
+        self._mixed_kv: list[Span] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit."""
+        return len(self._ids) - self._length
+
+    def token_ids(self) -> Array:
+        """Everything so far, i4[T]."""
+        return _wire("i4", self._ids[: self._length])
+
+    def ids_from(self, start: int) -> list[int]:
+        return self._ids[start : self._length].tolist()
+
+    def append_context(self, ids: Ids[int]) -> None:
+        """Append tokens that the policy did not sample; the caller has looked at `room`."""
+        assert len(ids) <= self.room, "sequence over capacity"
+        self._ids[self._length : self._length + len(ids)] = ids
+        self._length += len(ids)
+
+    def append_sampled(self, sampled: SampledTokens) -> None:
+        """Append a (partial) answer with its stamps; the caller has looked at `room`."""
+        count = sampled.token_ids.shape[0]
+        assert count <= self.room, "sequence over capacity"
+        start, stop = self._length, self._length + count
+        self._ids[start:stop] = sampled.token_ids.numpy()
+        self._logprobs[start:stop] = sampled.logprobs.numpy()
+        self._mask[start:stop] = 1
+        for span in sampled.spans:
+            _append_merged(self._spans, span, start)
+            if sampled.mixed_kv:
+                _append_merged(self._mixed_kv, span, start)
+        self._length = stop
+
+    def build(self, turns: Ids[Turn]) -> Sequence:
+        """Return the wire form of everything so far."""
+        length = self._length
+        return Sequence(
+            token_ids=self.token_ids(),
+            loss_mask=_wire("u1", self._mask[:length]),
+            spans=tuple(self._spans),
+            arrays={"sampler_logprobs": _wire("f4", self._logprobs[:length])},
+            turns=tuple(turns),
+            mixed_kv=tuple(self._mixed_kv),
+        )
+
+
+def _append_merged(spans: list[Span], span: Span, offset: int) -> None:
+    start, stop = span.start + offset, span.stop + offset
+    if spans and spans[-1].version == span.version and spans[-1].stop == start:
+        start = spans.pop().start
+    spans.append(Span(version=span.version, start=start, stop=stop))
+
+
+def _wire(dtype: str, values: np.ndarray) -> Array:
+    # The buffers are little-endian and contiguous by construction: no conversion to check for.
+    return Array(dtype=dtype, shape=values.shape, data=values.tobytes())  # pyright: ignore[reportArgumentType]
