@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 
 from shared.runtime import blobs
@@ -119,7 +119,7 @@ class MemoryBus:
             if not self.server.lose_acks:
                 return seq
             self.server.lose_acks -= 1
-            self.counters["append_retries"] += 1
+            self.counters["publish_retries"] += 1
             del stream
             await asyncio.sleep(0)
 
@@ -134,7 +134,7 @@ class MemoryBus:
 
     async def read(
         self, stream: StreamName, start_seq: int, *, subject: str | None = None
-    ) -> AsyncIterator[list[Record]]:
+    ) -> AsyncGenerator[list[Record], None]:
         position = start_seq
         while True:
             state = await self._stream(stream)
