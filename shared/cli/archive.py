@@ -96,7 +96,6 @@ class ArchiveWriter:
         self._directory = directory
         self._last: dict[ArchiveName, int] = {}
         self._files: dict[ArchiveName, BinaryIO] = {}
-        self._dirty: set[ArchiveName] = set()
         self._packer = msgpack.Packer(use_bin_type=True)
         for name in NAMES:
             self._open(name)
@@ -118,20 +117,22 @@ class ArchiveWriter:
             row = (record.seq, record.subject, record.stored_at, record.payload)
             file.write(cast(bytes, self._packer.pack(row)))
             self._last[name] = record.seq
-            self._dirty.add(name)
 
     def append_line(self, name: Literal["leases"], record: Record) -> None:
         """Append a message that has no sequence of its own under the next line number."""
         seq = self._last[name] + 1
         self.append(name, [Record(seq, record.subject, record.payload, record.stored_at)])
 
-    def sync(self) -> None:
-        """Make what was appended durable."""
-        for name in sorted(self._dirty):
-            file = self._files[name]
+    def sync(self) -> dict[str, int]:
+        """Make durable what was appended before the call; return the positions it covers.
+
+        May run on another thread than `append`.
+        """
+        covered = self.positions()
+        for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        self._dirty.clear()
+        return covered
 
     def write_version(self, version: int, content: bytes) -> None:
         """Keep one version's safetensors bytes aside, whole or not at all."""

@@ -1,0 +1,135 @@
+"""`lagwise config check|show`, and the plan of processes that a values file asks for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from shared.runtime.config import ROLES, load, read_values, resolve
+from shared.runtime.errors import ConfigError
+from shared.runtime.sections import CommonConfig
+from shared.wire.subjects import Subjects
+
+CONFIG_CLASSES: dict[str, str] = {
+    "learner": "LearnerConfig",
+    "rollout": "RolloutConfig",
+    "env_agents": "EnvAgentsConfig",
+    "logit_oracle": "LogitOracleConfig",
+}
+"""Class in `services/<role>/config.py` that validates what the role reads."""
+
+_DEFAULT_REPLICAS = 1
+_ROLE_SECTIONS = set(ROLES)
+
+
+@dataclass(frozen=True)
+class Values:
+    """A values file after overrides."""
+
+    path: Path
+    tree: dict[str, Any]
+    """The whole file, `config:` resolved."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", self.tree["config"])
+
+    @property
+    def replicas(self) -> dict[str, int]:
+        """Processes per role."""
+        counts: dict[str, int] = {}
+        for role in ROLES:
+            section = self.tree.get(role) or {}
+            counts[role] = section.get("replicas", _DEFAULT_REPLICAS)
+        return counts
+
+    def with_config(self, section: str, **settings: Any) -> Values:
+        """Return a copy with settings of one section of `config:` replaced."""
+        merged = {**(self.config.get(section) or {}), **settings}
+        config = {**self.config, section: merged}
+        return Values(self.path, {**self.tree, "config": config})
+
+    def with_replicas(self, role: str, count: int) -> Values:
+        """Return a copy with another number of processes of a role."""
+        section = {**(self.tree.get(role) or {}), "replicas": count}
+        return Values(self.path, {**self.tree, role: section})
+
+    def common(self) -> CommonConfig:
+        """Return what every service reads, validated."""
+        shared = {k: v for k, v in self.config.items() if k not in _ROLE_SECTIONS}
+        return load(CommonConfig, shared, origin=str(self.path))
+
+
+def read(path: Path, overrides: Iterable[str] = ()) -> Values:
+    """Read and resolve a values file; services' sections are not validated yet.
+
+    Raises:
+        ConfigError: one line naming file and key.
+    """
+    tree = read_values(path)
+    for key in tree:
+        near = difflib.get_close_matches(str(key), (*ROLES, "config"), n=1, cutoff=0.75)
+        if near and key not in (*ROLES, "config"):
+            raise ConfigError(f"config file {path}: `{key}` is not a known key; meant {near[0]}?")
+    for role in ROLES:
+        _check_role(path, role, tree.get(role))
+    return Values(path, {**tree, "config": resolve(tree["config"], overrides)})
+
+
+def validate(values: Values) -> dict[str, CommonConfig]:
+    """Validate every service's section and what spans sections; return the models by role.
+
+    Raises:
+        ConfigError: one line naming file and key.
+    """
+    models: dict[str, CommonConfig] = {}
+    for role, class_name in CONFIG_CLASSES.items():
+        module = importlib.import_module(f"services.{role}.config")
+        model = cast("type[CommonConfig]", getattr(module, class_name))
+        models[role] = load(model, values.config, origin=f"config file {values.path}")
+    try:
+        Subjects(models["learner"].run.name)
+    except ValueError as error:
+        raise ConfigError(f"config file {values.path}: `run.name`: {error}") from error
+    return models
+
+
+def effective(values: Values) -> dict[str, Any]:
+    """Return the `config:` tree with every default filled in, all services together."""
+    tree: dict[str, Any] = {}
+    for model in validate(values).values():
+        tree.update(model.model_dump(mode="json"))
+    return tree
+
+
+def check_model_directory(values: Values) -> None:
+    """Refuse to start processes for a model that is not there.
+
+    Raises:
+        ConfigError: naming the folder.
+    """
+    source = Path(values.common().model.source)
+    if not (source / "config.json").is_file():
+        what = "has no config.json" if source.is_dir() else "does not exist"
+        raise ConfigError(
+            f"config file {values.path}: `model.source`: {source} {what}; "
+            "it must be a Hugging Face model directory"
+        )
+
+
+def _check_role(path: Path, role: str, section: object) -> None:
+    if section is None:
+        return
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"config file {path}: `{role}` must be a mapping with `replicas`")
+    replicas = cast("Mapping[str, object]", section).get("replicas", _DEFAULT_REPLICAS)
+    if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 0:
+        raise ConfigError(
+            f"config file {path}: `{role}.replicas`: a whole number >= 0 (got {replicas!r})"
+        )
+    if role == "learner" and replicas != 1:
+        raise ConfigError(f"config file {path}: `learner.replicas`: must be 1 (got {replicas})")
