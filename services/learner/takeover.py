@@ -27,10 +27,10 @@ from shared.weights.digests import specs, version_digest
 from shared.weights.follower import Follower
 from shared.weights.history import State, WeightHistory
 from shared.wire.codec import content_digest, decode
-from shared.wire.errors import WireError
+from shared.wire.errors import ForeignMajor, WireError
 from shared.wire.journal import Batch, Member
 from shared.wire.messages import Terminal, Ticket
-from shared.wire.trajectory import Trajectory
+from shared.wire.trajectory import Failure, Trajectory
 from shared.wire.weights import Manifest
 
 _WINDOW = 32
@@ -165,9 +165,9 @@ class Recovery:
         subjects = self._bus.subjects
         async with window:
             record = await self._bus.last(subjects.terminal(ticket.ticket_id))
-            terminal = terminal_event(record) if record else None
-            if terminal is None:
+            if record is None:
                 return False
+            terminal = terminal_event(record)
             self._desk.terminal(terminal)
             if isinstance(terminal.outcome, Trajectory) and ticket.purpose == "train":
                 stored = await self._bus.last(subjects.score(ticket.ticket_id))
@@ -185,7 +185,7 @@ class Recovery:
                 "this run cannot be resumed; start a fresh one"
             )
         event = terminal_event(terminal)
-        if event is None or event.digest != member.terminal_digest:
+        if event.digest != member.terminal_digest:
             raise Fatal(f"terminal {member.terminal_seq} is not the one that was trained")
         assert isinstance(event.outcome, Trajectory)
         scores = ()
@@ -202,12 +202,19 @@ class Recovery:
         )
 
 
-def terminal_event(record: Record) -> TerminalArrived | None:
-    """Decode a stored terminal, None when it cannot be read."""
+def terminal_event(record: Record) -> TerminalArrived:
+    """Decode a stored terminal; one that cannot be read ends its ticket as failed.
+
+    Raises:
+        ForeignMajor: another major version wrote it: an upgrade is under way, not garbage.
+    """
+    digest = content_digest(record.payload)
     try:
         terminal = decode(record.payload, Terminal)
-    except WireError:
-        return None
-    return TerminalArrived(
-        terminal.ticket_id, record.seq, content_digest(record.payload), terminal.outcome
-    )
+    except ForeignMajor:
+        raise
+    except WireError as error:
+        ticket_id = record.subject.rpartition(".")[2]
+        failure = Failure(reason="undecodable", detail=str(error))
+        return TerminalArrived(ticket_id, record.seq, digest, failure)
+    return TerminalArrived(terminal.ticket_id, record.seq, digest, terminal.outcome)

@@ -1,0 +1,335 @@
+"""The training loop: batch, journal, step, publish, report.
+
+Consumes complete groups from the desk; waits until admission lets a step start; unblocked by
+arrivals; produces journal entries, versions, checkpoints and step reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from services.learner.checkpoint import CheckpointStore
+from services.learner.config import LearnerConfig
+from services.learner.decision import decide_batch
+from services.learner.desk import Desk
+from services.learner.evaluation import EvaluationRound
+from services.learner.items import build_items
+from services.learner.journal import evaluation_group
+from services.learner.journal_log import JournalLog
+from services.learner.positions import Positions
+from services.learner.publication import Publication
+from services.learner.routes.base import OldLogprobRoute
+from services.learner.staging import CompleteGroup, Scored
+from services.learner.takeover import (
+    Recovery,
+    check_own_publication,
+    load_newest,
+    state_digest,
+)
+from services.learner.ticketing import derive_seed
+from services.learner.trainer import StepOutcome, Trainer
+from shared.algo.advantages import ADVANTAGES, group_advantages
+from shared.backends.base import Backend
+from shared.runtime.context import Context
+from shared.weights.publisher import Published
+from shared.wire.base import Array
+from shared.wire.codec import encode
+from shared.wire.journal import Batch, RunFinished, RunStarted
+from shared.wire.telemetry import StepReport
+
+
+class Learner:
+    """One learner process on one run."""
+
+    def __init__(
+        self,
+        context: Context,
+        config: LearnerConfig,
+        backend: Backend,
+        desk: Desk,
+        journal: JournalLog,
+        publication: Publication,
+        route: OldLogprobRoute,
+        positions: Positions,
+    ) -> None:
+        self._context = context
+        self._config = config
+        self._backend = backend
+        self._desk = desk
+        self._journal = journal
+        self._publication = publication
+        self._route = route
+        self._positions = positions
+        self._store = CheckpointStore(
+            Path(config.run.dir) / "checkpoints", config.learner.checkpoint.keep, context.log
+        )
+        self._trainer = Trainer(
+            backend,
+            config.learner,
+            temperature=config.sampling.temperature,
+            num_ages=config.admission.max_staleness + 1,
+        )
+        self._advantage = partial(
+            group_advantages, estimator=ADVANTAGES[config.learner.algo.advantage]
+        )
+        self._recovery = Recovery(context, desk, journal, route)
+        self._previous: dict[str, torch.Tensor] = {}
+        """The head's tensors right after a restart: base of the first delta."""
+        self._wait_s = 0.0
+        self.version = 0
+        self.optimizer_steps = 0
+
+    @property
+    def retained_versions(self) -> list[int]:
+        """Versions of the checkpoints a restart may go back to."""
+        return [checkpoint.version for checkpoint in self._store.all()] or [0]
+
+    @property
+    def floors(self) -> dict[str, int]:
+        """Stream -> lowest sequence that a retained checkpoint may still need; {} = all."""
+        checkpoints = self._store.all()
+        if not checkpoints:
+            return {}
+        return {
+            name: min(c.floors.get(name, 0) for c in checkpoints) for name in ("terminals", "scores")
+        }
+
+    # --- start
+    async def take_over(self) -> None:
+        """Begin the run, or continue it where the last learner process left off.
+
+        Raises:
+            Fatal: the run cannot be continued; the reason names what disagrees.
+            Fenced: another learner is at work.
+        """
+        num_entries = await self._journal.replay()
+        state = self._journal.state
+        checkpoint = None
+        model_digest = state.run.model_digest if state.run else state_digest(self._backend)
+        if state.run is not None:
+            checkpoint = await asyncio.to_thread(
+                load_newest, self._store, self._backend, self._context, model_digest
+            )
+        self.version = checkpoint.version if checkpoint else 0
+        self.optimizer_steps = checkpoint.optimizer_steps if checkpoint else 0
+        await self._journal.write(
+            RunStarted(
+                incarnation=self._context.incarnation,
+                seed=self._config.run.seed,
+                model_digest=model_digest,
+                resumed_from=checkpoint.version if checkpoint else None,
+                config=self._config.model_dump(mode="json"),
+            )
+        )
+        self._context.log.info(
+            "run_taken_over", journal_entries=num_entries, from_version=self.version
+        )
+        await self._commit(self.version)
+        while (batch := state.batches.get(self.version)) is not None:
+            self._previous = {n: t.clone() for n, t in self._backend.state().items()}
+            await self._execute(batch, await self._recovery.members(batch), replay=True)
+        self._previous = {n: t.clone() for n, t in self._backend.state().items()}
+        await check_own_publication(self._context.bus, self._backend, self._context)
+        self._desk.admission.version = self.version
+        await self._positions.start_at_end()
+        await self._recovery.adopt_open_tickets()
+        self._context.set_version(self.version)
+
+    # --- training
+    async def train(self) -> None:
+        """Train until the last version is published or the context is stopped."""
+        await self.evaluate("base", 0)
+        while self.version < self._config.learner.versions:
+            groups = await self._next_groups()
+            if not groups:
+                return
+            batch = decide_batch(
+                groups,
+                version=self.version,
+                epoch=0,
+                seed=derive_seed(self._config.run.seed, "batch", self.version),
+                advantage=self._advantage,
+                max_staleness=self._config.admission.max_staleness,
+            )
+            await self._journal.write(batch)
+            await self._execute(batch, self._desk.take(batch), replay=False)
+        await self.evaluate("final", self.version)
+
+    async def finish(self) -> None:
+        """Journal the end of the run: what is left is named."""
+        state = self._journal.state
+        if self.version == self._config.learner.versions and state.finished is None:
+            unfinished = tuple(t.ticket_id for t in state.open_tickets.values() if t.purpose == "train")
+            await self._journal.write(RunFinished(version=self.version, unfinished=unfinished))
+
+    async def _next_groups(self) -> list[CompleteGroup]:
+        waiting_since = time.perf_counter()
+        while not self._context.stop.is_set():
+            self._desk.changed.clear()
+            await self._desk.dispose_failed()
+            if self._config.admission.on_stale == "drop":
+                await self._desk.drop_stale()
+            groups = self._desk.next_groups()
+            if groups:
+                self._wait_s = time.perf_counter() - waiting_since
+                return groups
+            await self._changed_or_stopped()
+        return []
+
+    async def _changed_or_stopped(self) -> None:
+        changed = asyncio.ensure_future(self._desk.changed.wait())
+        stopped = asyncio.ensure_future(self._context.stop.wait())
+        try:
+            await asyncio.wait((changed, stopped), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+            stopped.cancel()
+
+    async def _execute(self, batch: Batch, members: dict[str, Scored], *, replay: bool) -> None:
+        """Perform a journalled batch; on replay nothing is decided again."""
+        started_at = time.time()
+        with self._context.busy():
+            old = self._route.at_step(list(members.values()), self._backend, batch.version)
+            items = build_items(batch, members, old)
+            outcome = await asyncio.to_thread(
+                self._trainer.step, items, version=batch.version, seed=batch.seed
+            )
+        self.optimizer_steps += outcome.optimizer_steps
+        trained_at = time.time()
+        published = await self._commit(batch.version + 1)
+        self.version = batch.version + 1
+        if not replay:
+            self._desk.admission.publish(self.version)
+            self._context.set_version(self.version)
+            self._desk.changed.set()
+        checkpoint_s = await self._maybe_checkpoint(replay=replay)
+        if published is None:
+            return  # a version that was committed before: its report is on the log already
+        report = self._report(batch, members, outcome, published, (started_at, trained_at))
+        report.scalars["checkpoint_s"] = checkpoint_s
+        await self._context.bus.append(
+            self._context.bus.subjects.stats("step"), encode(report), msg_id=f"step{self.version}"
+        )
+        self._context.log.info("version", version=self.version, **_headline(report.scalars))
+
+    async def _commit(self, version: int) -> Published | None:
+        result = await self._publication.commit(
+            version,
+            epoch=0,
+            optimizer_steps=self.optimizer_steps,
+            previous=self._previous,
+        )
+        self._previous = {}
+        return result if isinstance(result, Published) else None
+
+    async def _maybe_checkpoint(self, *, replay: bool) -> float:
+        last = self.version == self._config.learner.versions
+        if replay or (self.version % self._config.learner.checkpoint.every_versions and not last):
+            return 0.0
+        started = time.perf_counter()
+        await asyncio.to_thread(
+            partial(
+                self._store.save,
+                self._backend,
+                version=self.version,
+                digest=state_digest(self._backend),
+                optimizer_steps=self.optimizer_steps,
+                floors=self._positions.floors(self._desk.staging),
+            )
+        )
+        self._journal.state.forget_batches(min(self.retained_versions))
+        return time.perf_counter() - started
+
+    def _report(
+        self,
+        batch: Batch,
+        members: dict[str, Scored],
+        outcome: StepOutcome,
+        published: Published,
+        times: tuple[float, float],
+    ) -> StepReport:
+        rewards = [m.trajectory.reward for m in members.values()]
+        lengths = [
+            sum(int(s.loss_mask.numpy().sum()) for s in m.trajectory.sequences)
+            for m in members.values()
+        ]
+        dispatched, self._desk.dispatched_lengths = self._desk.dispatched_lengths, []
+        self._context.count("trained_tokens", outcome.scalars["tokens_trained"])
+        self._context.count("trained_trajectories", len(members))
+        self._context.count("optimizer_steps", outcome.optimizer_steps)
+        self._context.count("versions")
+        scalars = outcome.scalars | {
+            "success": float(np.mean([r > 0 for r in rewards])) if rewards else 0.0,
+            "reward_mean": float(np.mean(rewards)) if rewards else 0.0,
+            "k3_d": outcome.scalars.get("d_k3", 0.0),
+            "k3_s": outcome.scalars.get("s_k3", 0.0),
+            "ess_ratio": outcome.scalars.get("rho_ess_ratio", 1.0),
+            "rejected_ratio": outcome.scalars.get("rej_any", 0.0),
+            "entropy": outcome.scalars.get("entropy_mean", 0.0),
+            "wait_s": self._wait_s,
+            "train_s": times[1] - times[0],
+            "publish_s": published.seconds,
+            "publish_bytes": float(published.num_bytes),
+            "outstanding_groups": float(len(self._desk.admission.outstanding)),
+            "ready_groups": float(len(self._desk.ready)),
+            "trained_tickets": float(len(members)),
+            "zero_variance_groups": float(sum(bool(g.no_loss) for g in batch.groups)),
+            "optimizer_steps": float(self.optimizer_steps),
+        }
+        arrays = {
+            name: Array.of(values, "f4" if name == "scatter" else "f8")
+            for name, values in outcome.arrays.items()
+        }
+        arrays["dispatched_lengths"] = Array.of(dispatched, "i4")
+        arrays["trained_lengths"] = Array.of(lengths, "i4")
+        return StepReport(
+            version=self.version,
+            started_at=times[0],
+            trained_at=times[1],
+            published_at=published.manifest.published_at,
+            scalars=scalars,
+            arrays=arrays,
+        )
+
+    # --- evaluation
+    async def evaluate(self, name: str, version: int) -> None:
+        """Play held-out tasks and journal the result; what an earlier process began is rejoined."""
+        section = self._config.learner.eval
+        num_tasks = section.progress_episodes if name == "progress" else section.episodes
+        done = self._journal.state.evaluation(name, version) is not None
+        if done or num_tasks == 0 or version > self.version:
+            return
+        if name == "base" and self.version > 0:
+            return  # the base version is gone from the rollouts
+        group_id = evaluation_group(name, version)
+        round_ = self._desk.rounds.get(group_id) or await self._desk.issue_evaluation(
+            name, version, num_tasks
+        )
+        await self._played(round_)
+        if round_.complete:
+            await self._journal.write(round_.result())
+            del self._desk.rounds[group_id]
+
+    async def _played(self, round_: EvaluationRound) -> None:
+        while not round_.complete and not self._context.stop.is_set():
+            self._desk.changed.clear()
+            await self._changed_or_stopped()
+
+    def due_progress(self) -> int | None:
+        """Return the version whose progress evaluation is due now, None when none is."""
+        section = self._config.learner.eval
+        due = self.version - self.version % section.progress_every
+        if not section.progress_episodes or due == 0 or due >= self._config.learner.versions:
+            return None
+        return None if self._journal.state.evaluation("progress", due) else due
+
+
+def _headline(scalars: dict[str, float]) -> dict[str, float]:
+    names = ("success", "staleness_mean", "staleness_max", "loss", "grad_norm", "k3_d", "wait_s")
+    return {name: round(scalars.get(name, 0.0), 5) for name in (*names, "train_s")}

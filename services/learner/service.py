@@ -1,0 +1,286 @@
+"""The shell of the learner: loops around the desk, each with its own stream or clock.
+
+terminals: consumes `terminals`, produces arrivals. scores: consumes `scores`, produces arrivals.
+issuing: waits for room in admission, unblocked by publications and releases, produces tickets.
+deadlines: once a second, produces failed terminals. control: once a second, produces the control
+document and purges what is archived. training: see learner.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from contextlib import aclosing
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, cast
+
+import msgpack
+
+from services.learner.config import LearnerConfig
+from services.learner.deadlines import Pauses, deadline_terminal, overdue
+from services.learner.desk import Desk
+from services.learner.journal_log import JournalLog
+from services.learner.learner import Learner
+from services.learner.positions import Positions
+from services.learner.publication import Publication, Slack
+from services.learner.routes.base import OldLogprobRoute
+from services.learner.routes.oracle import OracleRoute
+from services.learner.takeover import terminal_event
+from services.learner.task_source import TaskSource
+from shared.backends.torch_backend import TorchBackend
+from shared.runtime.bus import Record
+from shared.runtime.context import Context
+from shared.runtime.errors import BusError, ConfigError, Conflict
+from shared.runtime.intake import accept
+from shared.runtime.leases import LeaseBoard
+from shared.weights.publisher import Publisher
+from shared.weights.retention import oldest_needed
+from shared.wire.base import Message
+from shared.wire.codec import encode
+from shared.wire.errors import ForeignMajor
+from shared.wire.trajectory import Failure
+from shared.wire.weights import Control
+
+ROUTES: dict[str, type[OldLogprobRoute]] = {"oracle": OracleRoute}
+"""By the name in `old_logprobs.route`."""
+
+_TICK_S = 1.0
+_FOREIGN_RETRY_S = 5.0
+
+
+async def serve(context: Context, config: LearnerConfig) -> None:
+    """Train the run to its last version, or until the context is stopped.
+
+    Raises:
+        ConfigError: model directory or task source cannot be used.
+        Fenced: another learner took over.
+        Fatal: the run cannot go on.
+    """
+    backend = await asyncio.to_thread(load_backend, config)
+    source = load_task_source(config)
+    await context.bus.create_streams()
+    shell = _Shell(context, config, backend, source)
+    await shell.run()
+
+
+def load_backend(config: LearnerConfig) -> TorchBackend:
+    """Build the backend and load the model directory.
+
+    Raises:
+        ConfigError: one line that names what is wrong with the directory.
+    """
+    backend = TorchBackend.from_config(config.model.dtype, config.learner.optimizer)
+    try:
+        backend.load_hf(Path(config.model.source))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model.source: {error}") from error
+    return backend
+
+
+def load_task_source(config: LearnerConfig) -> TaskSource:
+    """Import the task source named by `task.source`.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    module_name, _, class_name = config.task.source.partition(":")
+    try:
+        cls = getattr(import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"task.source: {config.task.source!r}: {error}") from error
+    return cast("TaskSource", cls(config.task, config.run.seed))
+
+
+class _Shell:
+    def __init__(
+        self, context: Context, config: LearnerConfig, backend: TorchBackend, source: TaskSource
+    ) -> None:
+        self._context = context
+        self._config = config
+        self._bus = context.bus
+        self._source = source
+        self._route = ROUTES[config.old_logprobs.route]()
+        self._board = LeaseBoard(context.bus, config.telemetry.lease_expiry_s)
+        self._journal = JournalLog(context.bus)
+        self._publisher = Publisher(
+            context.bus,
+            model_id=config.model.model_id,
+            producer=context.pod,
+            keyframe_every=config.learner.keyframe_every,
+            log=context.log,
+        )
+        self._desk = Desk(
+            context, config, self._journal, source, needs_scores=self._route.waits_for_scores
+        )
+        self._positions = Positions(context.bus)
+        self._learner = Learner(
+            context,
+            config,
+            backend,
+            self._desk,
+            self._journal,
+            Publication(
+                context,
+                backend,
+                self._publisher,
+                self._board,
+                Slack(config.admission.sync_slack, config.learner.sync_wait_s),
+                vocab_size=backend.vocab_size,
+                context_tokens=config.sampling.context_tokens,
+            ),
+            self._route,
+            self._positions,
+        )
+        self._phase: Literal["running", "draining", "done"] = "running"
+        self._pauses = Pauses()
+
+    async def run(self) -> None:
+        await self._board.start()
+        await self._publisher.start()
+        await self._learner.take_over()
+        if self._journal.state.cursor:
+            self._source.restore(self._journal.state.cursor)
+        await self._put_control()
+        self._context.health.set_ready()
+        async with asyncio.TaskGroup() as group:
+            loops = [
+                group.create_task(loop)
+                for loop in (
+                    self._read_terminals(),
+                    self._read_scores(),
+                    self._issue(),
+                    self._evaluate_progress(),
+                    self._tick(),
+                )
+            ]
+            await self._learner.train()
+            for loop in loops:
+                loop.cancel()
+        await self._learner.finish()
+        self._phase = "draining" if self._journal.state.finished is None else "done"
+        await self._put_control()
+
+    # --- arrivals
+    async def _read_terminals(self) -> None:
+        async with aclosing(self._bus.read("terminals", self._positions.next["terminals"])) as log:
+            async for records in log:
+                for record in records:
+                    await self._take_terminal(record)
+                    self._positions.next["terminals"] = record.seq + 1
+
+    async def _read_scores(self) -> None:
+        message_type = self._route.scores_message()
+        async with aclosing(self._bus.read("scores", self._positions.next["scores"])) as log:
+            async for records in log:
+                for record in records:
+                    await self._take_score(record, message_type)
+                    self._positions.next["scores"] = record.seq + 1
+
+    async def _take_terminal(self, record: Record) -> None:
+        while True:
+            try:
+                with self._context.busy():
+                    event = terminal_event(record)
+                    if isinstance(event.outcome, Failure):
+                        self._context.count(f"failed_{event.outcome.reason}")
+                    self._desk.terminal(event)
+                return
+            except ForeignMajor as error:
+                await self._wait_for_upgrade(error)
+
+    async def _take_score(self, record: Record, message_type: type[Message]) -> None:
+        while True:
+            try:
+                message = await accept(
+                    self._context, record.subject, record.seq, record.payload, message_type
+                )
+            except ForeignMajor as error:
+                await self._wait_for_upgrade(error)
+                continue
+            if message is not None:
+                with self._context.busy():
+                    self._desk.score(self._route.arrived(message, record.seq))
+            return
+
+    async def _wait_for_upgrade(self, error: ForeignMajor) -> None:
+        """A log cannot be handed back: stand still, unready, until this process is upgraded."""
+        self._context.health.set_unready(str(error))
+        await asyncio.sleep(_FOREIGN_RETRY_S)
+
+    # --- clocks
+    async def _issue(self) -> None:
+        while not self._context.stop.is_set():
+            if await self._desk.issue() == 0:
+                await asyncio.sleep(0.02)
+
+    async def _evaluate_progress(self) -> None:
+        while True:
+            due = self._learner.due_progress()
+            if due is not None:
+                await self._learner.evaluate("progress", due)
+            await asyncio.sleep(0.2)
+
+    async def _tick(self) -> None:
+        last = time.time()
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.time()
+            if not self._bus.connected:
+                self._pauses.add(now, now - last)
+            last = now
+            await self._fail_overdue(now)
+            await self._put_control()
+            await self._purge()
+            self._gauges()
+
+    async def _fail_overdue(self, now: float) -> None:
+        unsettled = set(self._desk.staging.unsettled_tickets)
+        for round_ in self._desk.rounds.values():
+            unsettled |= round_.tickets.keys() - round_.outcomes.keys()
+        waiting = [t for t in self._journal.state.open_tickets.values() if t.ticket_id in unsettled]
+        for ticket in overdue(waiting, now, self._pauses):
+            terminal = deadline_terminal(ticket, self._context.pod, uuid.uuid4().hex)
+            subject = self._bus.subjects.terminal(ticket.ticket_id)
+            try:
+                await self._bus.append(subject, encode(terminal), expect_last_subject_seq=0)
+            except Conflict:
+                continue  # an env was faster: its terminal counts, and is about to be read
+            self._context.count("deadline_terminals")
+
+    async def _put_control(self) -> None:
+        low = oldest_needed(
+            self._learner.version,
+            issue_versions=self._desk.admission.outstanding.values(),
+            checkpoint_versions=self._learner.retained_versions,
+        )
+        control = Control(
+            phase=self._phase,
+            head_version=self._learner.version,
+            oldest_needed=low,
+            updated_at=time.time(),
+        )
+        await self._bus.put_control("control", encode(control))
+
+    async def _purge(self) -> None:
+        """Drop what no retained checkpoint needs, as far as the recorder has archived it."""
+        archived = await self._bus.get_control("archived")
+        if archived is None:
+            return
+        positions = cast("dict[str, int]", msgpack.unpackb(archived))
+        for name in ("terminals", "scores"):
+            floor = min(self._learner.floors.get(name, 0), positions.get(name, 0) + 1)
+            if floor > 1:
+                try:
+                    await self._bus.purge(name, floor)
+                except BusError as error:
+                    self._context.log.warning("purge_failed", stream=name, reason=str(error))
+
+    def _gauges(self) -> None:
+        self._context.gauges |= {
+            "outstanding_groups": float(len(self._desk.admission.outstanding)),
+            "ready_groups": float(len(self._desk.ready)),
+            "unscored_trajectories": float(len(self._desk.staging.unscored_tickets)),
+            "policy_version": float(self._learner.version),
+        }
