@@ -43,7 +43,7 @@ class Admission:
         self.outstanding[group_id] = self.version
 
     def release(self, group_ids: Iterable[str], *, trained: bool) -> None:
-        """Take groups out; dropped and failed ones make room at once, trained ones at publication."""
+        """Take groups out: dropped and failed ones make room now, trained ones at publication."""
         for group_id in group_ids:
             del self.outstanding[group_id]
             self.trained_since_publication += trained

@@ -73,7 +73,7 @@ class CheckpointStore:
         return Checkpoint(final, version, digest, optimizer_steps, floors)
 
     def all(self) -> list[Checkpoint]:
-        """Return the complete checkpoints, oldest first; damaged ones are skipped with a warning."""
+        """Return the complete checkpoints, oldest first; damaged ones are skipped, logged."""
         found: list[Checkpoint] = []
         for path in sorted(self._folder.glob("v[0-9]*")):
             try:

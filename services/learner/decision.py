@@ -1,4 +1,4 @@
-"""Deciding a batch: advantages, masks and who carries no loss. Pure; journalled before its effect."""
+"""Deciding a batch: advantages, masks, who carries no loss. Pure; journalled before its effect."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decide_batch(
 
 
 def unusable_versions(member: Scored, oldest_usable: int) -> set[int]:
-    """Return token versions that must leave the loss: over-age, or without an exact old log-prob."""
+    """Return token versions that leave the loss: over-age, or without an exact old log-prob."""
     stamped = {span.version for s in member.trajectory.sequences for span in s.spans}
     inexact = {
         entry.version for s in member.scores for entry in s.versions if entry.status != "exact"

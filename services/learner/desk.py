@@ -22,8 +22,8 @@ from services.learner.staging import (
     GroupIssued,
     GroupRemoved,
     Refused,
-    Scored,
     ScoreArrived,
+    Scored,
     Staging,
     TerminalArrived,
 )

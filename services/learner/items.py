@@ -117,7 +117,11 @@ def pack_items(items: Sequence[Item]) -> PackedBatch:
 
 
 def _item(
-    sequence: TokenSequence, score: SequenceScore, group: TrainedGroup, advantage: float, trajectory: int
+    sequence: TokenSequence,
+    score: SequenceScore,
+    group: TrainedGroup,
+    advantage: float,
+    trajectory: int,
 ) -> Item:
     versions = np.full(sequence.token_ids.shape[0], -1, dtype=np.int64)
     for span in sequence.spans:

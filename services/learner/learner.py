@@ -97,7 +97,8 @@ class Learner:
         if not checkpoints:
             return {}
         return {
-            name: min(c.floors.get(name, 0) for c in checkpoints) for name in ("terminals", "scores")
+            name: min(c.floors.get(name, 0) for c in checkpoints)
+            for name in ("terminals", "scores")
         }
 
     # --- start
@@ -165,7 +166,9 @@ class Learner:
         """Journal the end of the run: what is left is named."""
         state = self._journal.state
         if self.version == self._config.learner.versions and state.finished is None:
-            unfinished = tuple(t.ticket_id for t in state.open_tickets.values() if t.purpose == "train")
+            unfinished = tuple(
+                t.ticket_id for t in state.open_tickets.values() if t.purpose == "train"
+            )
             await self._journal.write(RunFinished(version=self.version, unfinished=unfinished))
 
     async def _next_groups(self) -> list[CompleteGroup]:

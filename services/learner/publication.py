@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from shared.runtime.leases import LeaseBoard
 
 from shared.backends.base import Backend
 from shared.runtime.context import Context
 from shared.runtime.errors import Fatal
-from shared.runtime.leases import LeaseBoard
 from shared.weights.canary import backend_scorer, canary_tokens, make_canary
 from shared.weights.publisher import Published, Publisher, verify_same
 from shared.wire.telemetry import Lease
@@ -22,7 +22,7 @@ _POLL_S = 0.02
 
 
 def within_slack(version: int, rollouts: Sequence[Lease], sync_slack: int) -> bool:
-    """Return whether `version` may be published: some live rollout is close behind, or none lives."""
+    """Return whether `version` may be published: a live rollout is close behind, or none lives."""
     return not rollouts or max(lease.version for lease in rollouts) >= version - sync_slack
 
 
@@ -93,7 +93,9 @@ class Publication:
     async def _confirm(self, version: int) -> Manifest:
         committed = await self._publisher.manifest(version)
         if committed is None:
-            raise Fatal(f"version {version} was committed but its manifest is purged: cannot resume")
+            raise Fatal(
+                f"version {version} was committed but its manifest is purged: cannot resume"
+            )
         if not verify_same(committed, self._backend.state()):
             raise Fatal(
                 f"version {version}: replaying the journal gave other bytes than the committed "

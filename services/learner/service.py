@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Literal, cast
 
 import msgpack
+import torch
+from shared.runtime.intake import accept
+from shared.runtime.leases import LeaseBoard
 
 from services.learner.config import LearnerConfig
 from services.learner.deadlines import Pauses, deadline_terminal, overdue
@@ -29,12 +32,11 @@ from services.learner.routes.base import OldLogprobRoute
 from services.learner.routes.oracle import OracleRoute
 from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
+from shared.backends.adamw import AdamWSettings
 from shared.backends.torch_backend import TorchBackend
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
 from shared.runtime.errors import BusError, ConfigError, Conflict
-from shared.runtime.intake import accept
-from shared.runtime.leases import LeaseBoard
 from shared.weights.publisher import Publisher
 from shared.weights.retention import oldest_needed
 from shared.wire.base import Message
@@ -71,7 +73,11 @@ def load_backend(config: LearnerConfig) -> TorchBackend:
     Raises:
         ConfigError: one line that names what is wrong with the directory.
     """
-    backend = TorchBackend.from_config(config.model.dtype, config.learner.optimizer)
+    optimizer = config.learner.optimizer
+    backend = TorchBackend(
+        getattr(torch, config.model.dtype),
+        optimizer=AdamWSettings(betas=optimizer.betas, weight_decay=optimizer.weight_decay),
+    )
     try:
         backend.load_hf(Path(config.model.source))
     except (ValueError, OSError) as error:

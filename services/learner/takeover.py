@@ -54,9 +54,7 @@ def load_newest(
         try:
             backend.load(checkpoint.path)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            context.log.warning(
-                "checkpoint_skipped", path=str(checkpoint.path), reason=str(error)
-            )
+            context.log.warning("checkpoint_skipped", path=str(checkpoint.path), reason=str(error))
             continue
         if state_digest(backend) == checkpoint.digest:
             return checkpoint
@@ -84,9 +82,7 @@ async def check_own_publication(bus: Bus, backend: Backend, context: Context) ->
 
     following = asyncio.create_task(Follower(bus, history, log=context.log).run(on_head))
     try:
-        await asyncio.wait(
-            (following, shown), return_when=asyncio.FIRST_COMPLETED, timeout=60.0
-        )
+        await asyncio.wait((following, shown), return_when=asyncio.FIRST_COMPLETED, timeout=60.0)
         if not shown.done():
             raise Fatal("the learner cannot read back its own publication: is the bus healthy?")
         manifest, state = shown.result()
@@ -156,9 +152,7 @@ class Recovery:
                 return await self._read_member(member)
 
         async with asyncio.TaskGroup() as group:
-            tasks = [
-                group.create_task(read(member)) for g in batch.groups for member in g.members
-            ]
+            tasks = [group.create_task(read(member)) for g in batch.groups for member in g.members]
         return {task.result().ticket_id: task.result() for task in tasks}
 
     async def _look_up(self, ticket: Ticket, window: asyncio.Semaphore) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from services.learner.staging import Scored, ScoreArrived
+from services.learner.staging import ScoreArrived, Scored
 from shared.backends.base import Backend
 from shared.wire.base import Message
 from shared.wire.messages import SequenceScore

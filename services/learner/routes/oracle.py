@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.learner.staging import Scored, ScoreArrived
+from services.learner.staging import ScoreArrived, Scored
 from shared.backends.base import Backend
 from shared.wire.base import Message
 from shared.wire.messages import Score, SequenceScore
