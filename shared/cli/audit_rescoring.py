@@ -1,0 +1,168 @@
+"""The picked tokens, their log-probs as trained, and the same under archived versions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.cli.archive import version_path
+from shared.cli.audit_picks import Pick
+from shared.cli.records import RunRecords
+from shared.cli.reference_forward import (
+    Query,
+    ReferenceConfig,
+    ReferencePolicy,
+    StoredTensor,
+    read_safetensors,
+)
+from shared.wire.errors import WireError
+from shared.wire.journal import Issued
+from shared.wire.messages import Score, Terminal
+from shared.wire.trajectory import SamplingParams, Sequence, Trajectory
+
+F8 = npt.NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Probe:
+    """The audited tokens of one version in one sequence; arrays are [n], in nats."""
+
+    ticket_id: str
+    version: int
+    query: Query
+    old: F8
+    """As scored and trained on."""
+    sampler: F8
+    own: F8 | None = None
+    """Under `version`, by the reference forward."""
+    previous: F8 | None = None
+    """Under `version - 1`."""
+
+
+def version_sha256(tensors: Mapping[str, StoredTensor]) -> str:
+    """Return the SHA-256 over a version's canonical bytes, as manifests carry it.
+
+    Per tensor in name order: the line `name dtype d0,d1,...` and a newline, then its elements.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        shape = ",".join(str(n) for n in tensor.shape)
+        digest.update(f"{name} {tensor.dtype} {shape}\n".encode())
+        digest.update(tensor.data)
+    return digest.hexdigest()
+
+
+class Rescoring:
+    """Makes probes from records and fills in what the archived versions say."""
+
+    def __init__(self, records: RunRecords, config: ReferenceConfig) -> None:
+        self.problems: list[str] = []
+        self._records = records
+        self._config = config
+        self._sampling = {
+            ticket.ticket_id: ticket.sampling
+            for body in records.bodies
+            if isinstance(body, Issued)
+            for ticket in body.tickets
+        }
+
+    def probes(self, pick: Pick, rng: np.random.Generator) -> list[Probe]:
+        """Draw the tokens of one picked trajectory, split by sequence and version."""
+        try:
+            terminal = self._records.terminal(pick.member.terminal_seq)
+            score = self._records.score(pick.member.score_seq)
+        except (KeyError, WireError):
+            return []  # the ledger has named it
+        if not _fits(terminal, score):
+            self.problems.append(f"{terminal.ticket_id}: its score does not fit its tokens")
+            return []
+        assert isinstance(terminal.outcome, Trajectory)
+        sequences = terminal.outcome.sequences
+        tokens = [
+            (number, position, span.version)
+            for number, sequence in enumerate(sequences)
+            for span in sequence.spans
+            if span.version not in pick.masked_versions
+            for position in range(span.start, span.stop)
+        ]
+        by_place: dict[tuple[int, int, float], list[int]] = {}
+        for index in sorted(rng.choice(len(tokens), size=pick.num_tokens, replace=False)):
+            number, position, version = tokens[index]
+            temperature = self.temperature(terminal.ticket_id, sequences[number], position)
+            by_place.setdefault((number, version, temperature), []).append(position)
+        return [
+            _probe(terminal.ticket_id, version, temperature, sequences[number], score, number, at)
+            for (number, version, temperature), at in by_place.items()
+        ]
+
+    def temperature(self, ticket_id: str, sequence: Sequence, position: int) -> float:
+        """Return the temperature a token was sampled at: its turn's, or its ticket's."""
+        for turn in sequence.turns:
+            if turn.start <= position < turn.stop and turn.sampling is not None:
+                return turn.sampling.temperature
+        return self._sampling.get(ticket_id, SamplingParams()).temperature
+
+    def fill(self, probes: list[Probe]) -> int:
+        """Fill in `own` and `previous`, reading each version once; return how many were used."""
+        needed = {p.version for p in probes} | {p.version - 1 for p in probes if p.version > 0}
+        num_versions = 0
+        for version in sorted(needed):
+            policy = self.policy(version)
+            if policy is None:
+                continue
+            num_versions += 1
+            own = [p for p in probes if p.version == version]
+            later = [p for p in probes if p.version == version + 1]
+            answers = policy.logprobs([p.query for p in own + later])
+            for probe, values in zip(own, answers[: len(own)], strict=True):
+                probe.own = values
+            for probe, values in zip(later, answers[len(own) :], strict=True):
+                probe.previous = values
+        return num_versions
+
+    def policy(self, version: int) -> ReferencePolicy | None:
+        """Return a version whose archived bytes are its manifest's, or None and note why not."""
+        manifest = self._records.manifests.get(version)
+        if manifest is None:
+            self.problems.append(f"version {version} has no manifest in the log")
+            return None
+        try:
+            tensors = read_safetensors(version_path(self._records.archive, version))
+            policy = ReferencePolicy(self._config, tensors)
+        except ValueError as error:
+            self.problems.append(f"version {version} cannot be read: {error}")
+            return None
+        if manifest.sha256 is not None and version_sha256(tensors) != manifest.sha256:
+            self.problems.append(f"version {version}: the archived bytes are not its manifest's")
+            return None
+        return policy
+
+
+def _fits(terminal: Terminal, score: Score) -> bool:
+    outcome = terminal.outcome
+    return isinstance(outcome, Trajectory) and [s.token_ids.shape for s in outcome.sequences] == [
+        s.old_logprobs.shape for s in score.sequences
+    ]
+
+
+def _probe(
+    ticket_id: str,
+    version: int,
+    temperature: float,
+    sequence: Sequence,
+    score: Score,
+    number: int,
+    positions: list[int],
+) -> Probe:
+    where = np.array(positions)
+    return Probe(
+        ticket_id=ticket_id,
+        version=version,
+        query=Query(sequence.token_ids.numpy(), where, temperature),
+        old=score.sequences[number].old_logprobs.numpy()[where].astype(np.float64),
+        sampler=sequence.arrays["sampler_logprobs"].numpy()[where].astype(np.float64),
+    )
