@@ -20,7 +20,8 @@ class ForwardOutput:
     """What a training forward hands to the loss; both carry gradient.
 
     Position t holds the quantity of token t given the tokens before it in its own sequence
-    (0 at each sequence's first token): no caller ever shifts.
+    (0 at each sequence's first token): no caller ever shifts. Where the batch carries a
+    `loss_mask`, positions outside it are not computed and hold 0; without one, all are.
     """
 
     logprobs_T: torch.Tensor

@@ -91,24 +91,30 @@ class _Pad(torch.autograd.Function):
         return grad_PF.index_select(0, unpad_T), None, None
 
 
-class _Unpad(torch.autograd.Function):
-    """Gather [P, F] -> [T, F]; padded slots get gradient 0."""
+class _TakeRows(torch.autograd.Function):
+    """Gather distinct rows; the rows not taken get gradient 0."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, rows_PF: torch.Tensor, unpad_T: torch.Tensor
+        ctx: Any, rows_PF: torch.Tensor, index_T: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(unpad_T)
-        ctx.num_slots = rows_PF.shape[0]
-        return rows_PF.index_select(0, unpad_T)
+        ctx.save_for_backward(index_T)
+        ctx.num_rows = rows_PF.shape[0]
+        return rows_PF.index_select(0, index_T)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_TF: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        (unpad_T,) = ctx.saved_tensors
-        grad_PF = grad_TF.new_zeros(ctx.num_slots, grad_TF.shape[1])
-        return grad_PF.index_copy_(0, unpad_T, grad_TF), None
+        (index_T,) = ctx.saved_tensors
+        grad_PF = grad_TF.new_zeros(ctx.num_rows, grad_TF.shape[1])
+        return grad_PF.index_copy_(0, index_T, grad_TF), None
+
+
+def take_rows(rows_PF: torch.Tensor, index_T: torch.Tensor) -> torch.Tensor:
+    """Return rows_PF[index_T] for distinct indices, with a cheap, deterministic backward."""
+    taken_TF: torch.Tensor = _TakeRows.apply(rows_PF, index_T)
+    return taken_TF
 
 
 def packed_attention(
@@ -171,7 +177,7 @@ def packed_attention(
             enable_gqa=grouped,
         )
         outputs.append(out_BHLD.transpose(1, 2).reshape(count * length, -1))
-    packed_TF: torch.Tensor = _Unpad.apply(torch.cat(outputs), attention_plan.unpad_T)
+    packed_TF = take_rows(torch.cat(outputs), attention_plan.unpad_T)
     return packed_TF.view(1, tokens, heads, -1), None
 
 
