@@ -58,6 +58,8 @@ class Exited:
     lived_s: float
     detail: str = ""
     """Its last words."""
+    done: bool = True
+    """Of a learner with code 0: its run is finished, it was not merely asked to leave."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class Supervision:
                 return self._advance(event.at)
             needed = state.child.role in ("nats", "recorder")
             return [self._plan_restart(state, event)] if needed else []
-        if state.child.role == "learner" and event.code == 0:
+        if state.child.role == "learner" and event.code == 0 and event.done:
             return self._stop(event.at, Finished(0, "done"))
         if event.code in NOT_RESTARTED:
             why = event.detail or NOT_RESTARTED[event.code]

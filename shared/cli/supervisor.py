@@ -59,7 +59,20 @@ class Supervisor:
         events: Events,
         facts: Facts,
         policy: Policy | None = None,
+        *,
+        learner_done: Callable[[], Awaitable[bool]] | None = None,
     ) -> None:
+        """Prepare; nothing is started yet.
+
+        Args:
+            commands: the children, in the order to start them.
+            folder: owned run folder, for logs.
+            events: where every event goes.
+            facts: `run.json`, kept up to date.
+            policy: numbers of restarting and stopping.
+            learner_done: asked when the learner exits 0: is the run finished? None: yes.
+        """
+        self._learner_done = learner_done
         self._commands = {command.child.pod: command for command in commands}
         self._folder = folder
         self._events = events
@@ -178,7 +191,10 @@ class Supervisor:
         self._events.write(
             "exited", pod, code=code, lived_s=now - started, cause=describe_exit(code, detail)
         )
-        self._incoming.put_nowait(Exited(pod, code, now, now - started, detail))
+        done = True
+        if self._commands[pod].child.role == "learner" and code == 0 and not self.stopping:
+            done = self._learner_done is None or await self._learner_done()
+        self._incoming.put_nowait(Exited(pod, code, now, now - started, detail, done))
 
     async def _accompany(self, companion: Companion) -> None:
         try:

@@ -101,6 +101,12 @@ def test_the_run_ends_when_the_learner_exits_zero_and_the_recorder_reads_to_the_
     assert supervision.restarts["learner"] == 0
 
 
+def test_a_learner_that_was_only_asked_to_leave_comes_back() -> None:
+    supervision = begun()
+    left = Exited("learner-0", 0, 50.0, 60.0, done=False)
+    assert supervision.handle(left) == [RestartPlanned("learner-0", "exit code 0", 0.2)]
+
+
 def test_ctrl_c_stops_the_learner_first_then_the_others_in_order() -> None:
     supervision = begun()
     first = supervision.handle(StopAsked(5.0, "interrupted"))
