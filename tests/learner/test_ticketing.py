@@ -1,0 +1,89 @@
+"""Tickets, deadlines, schedules, evaluation rounds, publication slack."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+from services.learner.config import LearnerConfig, OptimizerSection
+from services.learner.deadlines import Pauses, overdue
+from services.learner.evaluation import EvaluationRound
+from services.learner.journal import JournalState
+from services.learner.publication import within_slack
+from services.learner.schedule import learning_rate
+from services.learner.task_source import SeededTaskSource
+from services.learner.ticketing import evaluation_tickets, training_groups
+from shared.runtime.sections import AdmissionSection
+from shared.wire.journal import Issued
+from shared.wire.telemetry import Lease
+from shared.wire.trajectory import Failure
+
+CONFIG = LearnerConfig(admission=AdmissionSection(group_size=3))
+
+
+def test_ticket_numbers_and_seeds_go_on_where_the_journal_stands() -> None:
+    state, source = JournalState(), SeededTaskSource(CONFIG.task, 7)
+    first = training_groups(2, state, source, CONFIG, version=0, now=10.0)
+    state.apply(Issued(version=0, tickets=first, cursor=source.cursor()))
+    resumed = SeededTaskSource(CONFIG.task, 7)
+    resumed.restore(state.cursor)
+    second = training_groups(1, state, resumed, CONFIG, version=1, now=11.0)
+    tickets = [*first, *second]
+    assert [t.ticket_id for t in tickets] == [f"t{i:07d}" for i in range(9)]
+    assert [t.task.index for t in tickets] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len({t.seed for t in tickets}) == 9
+    assert {t.min_version for t in second} == {1}
+
+
+def test_evaluations_pair_the_same_tasks_with_the_same_seeds() -> None:
+    state, source = JournalState(), SeededTaskSource(CONFIG.task, 7)
+    base = evaluation_tickets("base", source.evaluation(4), state, CONFIG, version=0, now=0.0)
+    state.apply(Issued(version=0, tickets=base))
+    final = evaluation_tickets("final", source.evaluation(4), state, CONFIG, version=9, now=0.0)
+    assert [(t.task, t.seed) for t in base] == [(t.task, t.seed) for t in final]
+    assert not {t.ticket_id for t in base} & {t.ticket_id for t in final}
+    assert EvaluationRound.of(final).version == 9
+
+
+def test_an_evaluation_leaves_failures_out_instead_of_counting_zeros(make: ModuleType) -> None:
+    tickets = [make.ticket(f"e{i}", "eval-base-v0", i, purpose="eval") for i in range(3)]
+    round_ = EvaluationRound.of(tickets)
+    round_.record("e0", make.trajectory(1.0))
+    round_.record("e1", Failure(reason="env_error"))
+    assert not round_.complete
+    round_.record("e2", make.trajectory(0.0))
+    round_.record("e2", make.trajectory(1.0))  # a second outcome changes nothing
+    result = round_.result()
+    assert (result.rewards, result.num_failed) == ((1.0, 0.0), 1)
+
+
+def test_a_deadline_moves_by_outages_before_it_and_not_by_those_after(make: ModuleType) -> None:
+    ticket, pauses = make.ticket("a", deadline=100.0), Pauses()
+    assert overdue([ticket], 101.0, pauses) == [ticket]
+    pauses.add(ended_at=80.0, seconds=30.0)
+    assert overdue([ticket], 129.0, pauses) == []
+    assert overdue([ticket], 131.0, pauses) == [ticket]
+    pauses.add(ended_at=200.0, seconds=10.0)
+    assert overdue([ticket], 131.0, pauses) == [ticket]
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [(0, 0.5), (1, 1.0), (6, 0.6), (11, 0.2)], ids=str
+)
+def test_the_learning_rate_warms_up_and_decays_linearly(version: int, expected: float) -> None:
+    section = OptimizerSection(lr=1.0, warmup_versions=1, final_ratio=0.2)
+    assert learning_rate(section, version, 11) == pytest.approx(expected)
+
+
+def lease(version: int) -> Lease:
+    return Lease(
+        role="rollout", pod=f"p{version}", incarnation="i", pid=1, sent_at=0.0, ready=True,
+        version=version,
+    )  # fmt: skip
+
+
+def test_publication_waits_while_every_live_rollout_is_far_behind() -> None:
+    assert within_slack(10, [lease(3), lease(8)], 2)
+    assert not within_slack(10, [lease(3), lease(7)], 2)
+    assert within_slack(10, [], 2)
