@@ -47,6 +47,8 @@ class TerminalFacts:
     num_mixed_kv: int = 0
     """Sampled tokens that no single version produced."""
     task_digest: str = ""
+    length: int = 0
+    """Tokens of all sequences, prompts and observations included."""
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +66,8 @@ class ScoreFacts:
     terminal_digest: str
     exact_versions: frozenset[tuple[int, str]]
     """(version, digest) that every sequence holding it scored `exact`."""
+    forward_tokens: int = 0
+    """Tokens forwarded for it."""
 
 
 @dataclass
@@ -183,6 +187,7 @@ def terminal_facts(seq: int, digest: str, terminal: Terminal) -> TerminalFacts:
         version_tokens=tuple(sorted(tokens.items())),
         num_mixed_kv=sum(s.stop - s.start for q in outcome.sequences for s in q.mixed_kv),
         task_digest=outcome.task_digest,
+        length=sum(s.token_ids.shape[0] for s in outcome.sequences),
     )
 
 
@@ -191,7 +196,9 @@ def score_facts(seq: int, score: Score) -> ScoreFacts:
     claims = [claim for sequence in score.sequences for claim in sequence.versions]
     inexact = {claim.version for claim in claims if claim.status != "exact"}
     exact = frozenset((c.version, c.digest) for c in claims if c.version not in inexact)
-    return ScoreFacts(seq, score.ticket_id, score.terminal_seq, score.terminal_digest, exact)
+    return ScoreFacts(
+        seq, score.ticket_id, score.terminal_seq, score.terminal_digest, exact, score.forward_tokens
+    )
 
 
 def _messages(

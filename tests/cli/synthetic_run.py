@@ -316,7 +316,7 @@ def _score_all(run: SyntheticRun, rng: np.random.Generator) -> None:
         score = SequenceScore(old_logprobs=Array.of(values, "f4"), versions=versions)
         run.scores[len(run.scores) + 1] = Score(
             ticket_id=terminal.ticket_id, terminal_seq=seq, terminal_digest=run.digest(seq),
-            sequences=(score,), producer="oracle-0",
+            sequences=(score,), producer="oracle-0", forward_tokens=len(values) * len(versions),
             layout=Layout(backend="torch", dtype="float32", kind="packed", num_threads=1),
         )  # fmt: skip
 

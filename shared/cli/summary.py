@@ -1,0 +1,195 @@
+"""`summary.json`: what a run did, in numbers that anyone can recount from its archive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.cli import audit as audit_module
+from shared.cli.audit import AuditResult
+from shared.cli.ledger import Ledger, of_run
+from shared.cli.records import RunRecords, load
+from shared.cli.time_use import busy_shares, lives, rate
+from shared.wire.journal import Evaluated, JournalBody, RunStarted
+
+LEARNED_LIFT = 0.20
+"""Paired lift in success from which a run counts as having learned, its interval above 0."""
+
+GENERATED_COUNTERS = ("sampled_tokens", "tokens_sampled")
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Lift:
+    """Success before and after, paired by task."""
+
+    episodes: int
+    """Tasks played in both evaluations."""
+    base: float
+    final: float
+    lift: float
+    low: float
+    high: float
+    """Bounds of the 95 % bootstrap interval of the lift."""
+
+    @property
+    def learned(self) -> bool:
+        return self.lift >= LEARNED_LIFT and self.low > 0
+
+
+def write(
+    run_dir: Path,
+    *,
+    audit: AuditResult | None = None,
+    records: RunRecords | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Audit the run, write `summary.json` and `audit.json`, and return the summary.
+
+    `ok` says that nothing was lost, duplicated, too old or inexact, and that held-out tasks were
+    held out; `learned` that success rose. They are separate: a short run may be sound and flat.
+
+    Args:
+        run_dir: the run's folder.
+        audit: the result, when it has been audited already.
+        records: the run's records, when they have been read already.
+        seed: of the audit's draw.
+
+    Raises:
+        ConfigError: the folder holds no archive.
+    """
+    records = records or load(run_dir)
+    ledger = of_run(records)
+    audit = audit or audit_module.run(run_dir, seed=seed, records=records, ledger=ledger)
+    audit_module.save(audit, run_dir)
+    summary = summarise(records, ledger, audit)
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult) -> dict[str, Any]:
+    """Return the summary; pure."""
+    lift = paired_lift(records.bodies)
+    overlap = num_shared_tasks(records)
+    processes = lives(records.leases)
+    problems = [
+        *audit.problems,
+        *(f"{text}: {count} payloads" for text, count in records.unreadable.items()),
+        *([f"{overlap} evaluation tasks were trained on (equal content)"] if overlap else []),
+    ]
+    training = asdict(ledger.training)
+    return {
+        "ok": not problems,
+        "learned": lift.learned if lift else None,
+        "problems": problems,
+        "run": records.setting("run.name", records.run_dir.name),
+        "seed": _seed(records),
+        "install_s": records.facts.get("install_s"),
+        "wall_s": records.facts.get("wall_s"),
+        "policy_versions": len(records.manifests),
+        "optimizer_steps": max((m.optimizer_steps for m in records.manifests.values()), default=0),
+        "tokens_trained": ledger.tokens_trained,
+        "success_base": lift.base if lift else None,
+        "success_final": lift.final if lift else None,
+        "success_lift": lift.lift if lift else None,
+        "success_lift_ci": [lift.low, lift.high] if lift else None,
+        "eval_episodes": lift.episodes if lift else 0,
+        "eval_tasks_seen_in_training": overlap,
+        "staleness_max": ledger.staleness_max,
+        "staleness_mean": ledger.staleness_mean,
+        "staleness_bound": int(records.setting("admission.max_staleness", 4)),
+        "old_logits_exact_ratio": ledger.exact_ratio,
+        "audited_tokens": audit.audited_tokens,
+        "audit_mismatches": audit.mismatches,
+        "audit_max_error": audit.max_error,
+        "audit_control_tokens": audit.control_tokens,
+        "audit_control_mismatches": audit.control_mismatches,
+        "audit_sampler_mismatches": audit.sampler_mismatches,
+        **{f"trajectories_{name}": count for name, count in training.items()},
+        "evaluation": asdict(ledger.evaluation),
+        "restarts": num_restarts(records.facts),
+        "kills": len(records.facts.get("kills") or ()),
+        "tokens_per_s_generated": rate(processes, "rollout", *GENERATED_COUNTERS),
+        "tokens_per_s_trained": _trained_rate(records, ledger),
+        "time_share": busy_shares(processes),
+        "peak_memory_bytes": records.facts.get("peak_pss_bytes"),
+        "oracle_forward_ratio": _forward_ratio(records),
+        "dead_letters": records.num_dead_letters,
+        "package_versions": records.facts.get("versions", {}),
+    }
+
+
+def paired_lift(bodies: Iterable[JournalBody], *, seed: int = 0) -> Lift | None:
+    """Return success of the `final` against the `base` evaluation, None without both.
+
+    Pairs by task index; the interval is a percentile bootstrap over tasks.
+    """
+    rewards: dict[str, dict[int, float]] = {}
+    for body in bodies:
+        if isinstance(body, Evaluated) and body.name in ("base", "final"):
+            rewards[body.name] = dict(zip(body.task_indices, body.rewards, strict=True))
+    common = sorted(rewards.get("base", {}).keys() & rewards.get("final", {}).keys())
+    if not common:
+        return None
+    base = np.array([rewards["base"][index] for index in common])
+    final = np.array([rewards["final"][index] for index in common])
+    low, high = bootstrap_mean(final - base, seed=seed)
+    return Lift(
+        episodes=len(common),
+        base=float(base.mean()),
+        final=float(final.mean()),
+        lift=float((final - base).mean()),
+        low=low,
+        high=high,
+    )
+
+
+def bootstrap_mean(values: npt.NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of a mean."""
+    rng = np.random.default_rng(seed)
+    distinct, counts = np.unique(values, return_counts=True)
+    # Resampling n values with replacement = a multinomial over the distinct ones: few for rewards.
+    draws = rng.multinomial(len(values), counts / len(values), size=_RESAMPLES)
+    low, high = np.quantile(draws @ distinct / len(values), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def num_shared_tasks(records: RunRecords) -> int:
+    """Count evaluation tasks whose content was also played in training."""
+    by_purpose: dict[str, set[str]] = {"train": set(), "eval": set()}
+    for facts in records.terminals.values():
+        if facts.task_digest:
+            by_purpose[facts.purpose].add(facts.task_digest)
+    return len(by_purpose["train"] & by_purpose["eval"])
+
+
+def num_restarts(facts: dict[str, Any]) -> int:
+    """Return how often the supervisor restarted a process."""
+    restarts = cast("dict[str, int] | int", facts.get("restarts") or 0)
+    return restarts if isinstance(restarts, int) else sum(restarts.values())
+
+
+def _seed(records: RunRecords) -> int:
+    started = next((b for b in records.bodies if isinstance(b, RunStarted)), None)
+    return started.seed if started else int(records.setting("run.seed", 0))
+
+
+def _trained_rate(records: RunRecords, ledger: Ledger) -> float:
+    if not records.steps:
+        return 0.0
+    reports = records.steps.values()
+    wall_s = max(r.published_at for r in reports) - min(r.started_at for r in reports)
+    return ledger.tokens_trained / wall_s if wall_s > 0 else 0.0
+
+
+def _forward_ratio(records: RunRecords) -> float | None:
+    """Return the oracle's r: tokens forwarded per token of the trajectories it scored."""
+    scored = [score for score in records.scores.values() if score.terminal_seq in records.terminals]
+    length = sum(records.terminals[score.terminal_seq].length for score in scored)
+    return sum(score.forward_tokens for score in scored) / length if length else None
