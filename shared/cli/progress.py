@@ -77,6 +77,8 @@ class Progress:
     tickets: int = 0
     version: int = -1
     """Newest published, -1 before the first."""
+    training_started_at: float | None = None
+    """When the first step reported began."""
     _pods: dict[str, _Pod] = field(default_factory=dict[str, _Pod])
     _steps: deque[StepReport] = field(default_factory=lambda: deque[StepReport](maxlen=WINDOW))
     _staleness_max: float | None = None
@@ -115,6 +117,8 @@ class Progress:
 
     def on_step(self, report: StepReport) -> None:
         self._steps.append(report)
+        if self.training_started_at is None:
+            self.training_started_at = report.started_at
         self.version = max(self.version, report.version)
         oldest = report.scalars.get("staleness_max")
         if oldest is not None:

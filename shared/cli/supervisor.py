@@ -199,9 +199,10 @@ class Supervisor:
     async def _accompany(self, companion: Companion) -> None:
         try:
             await companion()
-        except RuntimeFault as error:
+        except* RuntimeFault as group:
             # what merely watches must not end the run
-            self._events.write("companion_failed", cause=str(error))
+            causes = "; ".join(str(error) for error in group.exceptions)
+            self._events.write("companion_failed", cause=causes)
 
     async def _sample_memory(self) -> None:
         while True:

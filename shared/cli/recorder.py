@@ -1,0 +1,68 @@
+"""`python -m shared.cli.recorder --config FILE`: the process that archives a run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.cli.archive import archive_dir
+from shared.cli.config_cmd import read
+from shared.runtime import logs
+from shared.runtime.errors import BusUnavailable, ConfigError, RuntimeFault
+from shared.runtime.logs import Log
+from shared.runtime.nats_bus import connect
+from shared.runtime.sections import CommonConfig
+from shared.wire.subjects import Subjects
+
+_STREAMS_BOUND_S = 60.0
+_NICENESS = 5
+"""It may lag behind the services; it catches up when they have stopped."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Record until SIGTERM; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m shared.cli.recorder")
+    parser.add_argument("--config", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    log = Log("recorder", "recorder")
+    try:
+        common = read(arguments.config).common()
+        logs.configure(common.telemetry.log_level)
+        os.nice(_NICENESS)
+        return asyncio.run(_record(common, log))
+    except ConfigError as error:
+        sys.stderr.write(f"recorder: {error}\n")
+        return 2
+
+
+async def _record(common: CommonConfig, log: Log) -> int:
+    from shared.cli.recording import Recording  # torch: only to run
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        bus = await connect(common.bus, Subjects(common.run.name), "recorder", log)
+        await bus.wait_for_streams(_STREAMS_BOUND_S)
+    except BusUnavailable as error:
+        raise ConfigError(str(error)) from error
+    failures: list[str] = []
+    try:
+        await Recording(bus, archive_dir(Path(common.run.dir)), log).run(stop)
+    except* (RuntimeFault, OSError) as group:
+        failures += [str(error) for error in group.exceptions]
+    finally:
+        await bus.close()
+    if failures:
+        log.error("recorder_failed", reason="; ".join(failures))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

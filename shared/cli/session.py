@@ -1,0 +1,243 @@
+"""One supervised run from a values file: bus, recorder, services, live view."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO, cast
+
+from shared.cli.config_cmd import Values, check_model_directory, validate
+from shared.cli.display import Display
+from shared.cli.processes import child_environment
+from shared.cli.progress import Progress
+from shared.cli.run_folder import Events, Facts, RunFolder, set_aside
+from shared.cli.supervision import Child, ChildRole, Finished
+from shared.cli.supervisor import Command, Supervisor
+from shared.runtime import nats_server
+from shared.runtime.bus import Bus
+from shared.runtime.errors import BusUnavailable, ConfigError
+from shared.runtime.logs import JsonFormatter, Log
+from shared.runtime.nats_bus import connect
+from shared.wire.codec import decode
+from shared.wire.subjects import Subjects
+from shared.wire.weights import Control
+
+START_ORDER: tuple[ChildRole, ...] = ("learner", "logit_oracle", "rollout", "env_agents")
+"""The slowest to import first; all of them import in parallel."""
+
+_NATS_BOUND_S = 20.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run and where."""
+
+    values: Values
+    run_dir: Path
+    title: str
+    command: list[str]
+    fresh: bool
+    """Keep an earlier run of this folder under a suffix; otherwise go on with it."""
+    nats_url: str | None = None
+    """An existing NATS; None: start one in the run folder."""
+    nats_port: int | None = None
+    """Of the one we start; None: any free one."""
+
+
+@dataclass
+class Running:
+    """A run under way, for those who accompany it."""
+
+    supervisor: Supervisor
+    progress: Progress
+    facts: Facts
+    versions: int
+
+
+Beside = Callable[[Running], Coroutine[None, None, None]]
+
+
+async def run_session(
+    request: Request, out: TextIO, beside: Sequence[Beside] = ()
+) -> tuple[Finished, Facts]:
+    """Run to the end.
+
+    Raises:
+        ConfigError: bad input; nothing was started.
+        BusUnavailable: the NATS asked for does not answer.
+    """
+    models = validate(request.values)
+    check_model_directory(request.values)
+    if request.nats_url is None:
+        nats_server.find_binary()
+    if request.fresh:
+        kept = set_aside(request.run_dir)
+        if kept is not None:
+            out.write(f"the earlier run is kept in {kept}\n")
+    resumed = (request.run_dir / "run.json").exists()
+    with RunFolder(request.run_dir) as folder:
+        _log_to(folder.log_path("supervisor"))
+        run = _Run(request, folder, Facts(folder.path, request.command, resumed=resumed))
+        learner = models["learner"].model_dump()["learner"]
+        return await run.supervise(cast(int, learner["versions"]), out, beside), run.facts
+
+
+class _Run:
+    def __init__(self, request: Request, folder: RunFolder, facts: Facts) -> None:
+        self._request = request
+        self._folder = folder
+        self._own_port = None if request.nats_url is not None else _port(request.nats_port)
+        url = request.nats_url or f"nats://127.0.0.1:{self._own_port}"
+        values = request.values.with_config("bus", url=url)
+        self._values = values.with_config("run", dir=str(folder.path))
+        self._common = self._values.common()
+        self.facts = facts
+        facts.values |= {"nats_url": url, "run": self._common.run.name}
+        self._bus: Bus | None = None
+        self._bus_open = asyncio.Event()
+
+    async def supervise(self, versions: int, out: TextIO, beside: Sequence[Beside]) -> Finished:
+        self._folder.write_resolved(self._values.tree)
+        events = Events(self._folder.path)
+        progress = Progress(
+            started_at=time.time(),
+            versions=versions,
+            staleness_bound=self._common.admission.max_staleness,
+            lease_expiry_s=self._common.telemetry.lease_expiry_s,
+        )
+        display = Display(progress, self._request.title, out)
+        events.observers.append(display.on_event)
+        commands = self._commands()
+        if self._own_port is None:
+            await self._open_bus()
+        supervisor = Supervisor(
+            commands, self._folder, events, self.facts, learner_done=self._is_done
+        )
+        running = Running(supervisor, progress, self.facts, versions)
+        companions = [
+            display.draw,
+            lambda: self._follow(display),
+            *(lambda b=b: b(running) for b in beside),
+        ]
+        try:
+            finished = await supervisor.run(companions)
+        finally:
+            if self._bus is not None:
+                await self._bus.close()
+        self.facts.values["training_started_at"] = progress.training_started_at
+        self.facts.write()
+        return finished
+
+    # --- bus
+    async def _wait_for_nats(self) -> None:
+        await asyncio.to_thread(nats_server.wait_healthy, self._common.bus.url, _NATS_BOUND_S)
+        await self._open_bus()
+
+    async def _open_bus(self) -> None:
+        common = self._common
+        bus = await connect(common.bus, Subjects(common.run.name), "supervisor", Log("supervisor"))
+        self._bus = bus
+        await bus.create_streams()
+        await self._refuse_foreign_run(bus)
+        self._bus_open.set()
+
+    async def _refuse_foreign_run(self, bus: Bus) -> None:
+        if self._request.fresh and (await bus.stream_state("journal")).last_seq:
+            raise ConfigError(
+                f"run {self._common.run.name!r} already exists on {self._common.bus.url}: "
+                "resume it with --resume, or choose another name with --set run.name=..."
+            )
+
+    async def _is_done(self) -> bool:
+        if self._bus is None:
+            return False
+        try:
+            payload = await self._bus.get_control("control")
+        except BusUnavailable:
+            return False
+        return payload is not None and decode(payload, Control).phase == "done"
+
+    async def _follow(self, display: Display) -> None:
+        await self._bus_open.wait()
+        assert self._bus is not None
+        await display.follow(self._bus)
+
+    # --- processes
+    def _commands(self) -> list[Command]:
+        commands: list[Command] = []
+        if self._own_port is not None:
+            commands.append(self._nats(self._own_port))
+        number = 0
+        for role in START_ORDER:
+            for index in range(self._values.replicas[role]):
+                pod = f"{role.replace('_', '-')}-{index}"
+                argv = self._python(f"services.{role}", "--pod", pod)
+                extra: dict[str, str] = {}
+                if self._common.telemetry.port:
+                    # one address, one port: each process gets the next one
+                    extra["LAGWISE_TELEMETRY__PORT"] = str(self._common.telemetry.port + number)
+                commands.append(self._command(pod, role, argv, extra))
+                number += 1
+        commands.append(
+            self._command("recorder", "recorder", self._python("shared.cli.recorder"), {})
+        )
+        return commands
+
+    def _python(self, module: str, *arguments: str) -> tuple[str, ...]:
+        config = str(self._folder.resolved_path)
+        return (sys.executable, "-m", module, "--config", config, *arguments)
+
+    def _command(
+        self, pod: str, role: ChildRole, argv: tuple[str, ...], extra: dict[str, str]
+    ) -> Command:
+        return Command(Child(pod, role), argv, child_environment(os.environ, extra))
+
+    def _nats(self, port: int) -> Command:
+        store = self._folder.path.resolve() / "nats"
+        store.mkdir(exist_ok=True)
+        config_path = store / "nats.conf"
+        nats_server.write_config(config_path, port=port, store_dir=store)
+        return Command(
+            Child("nats", "nats"),
+            (str(nats_server.find_binary()), "-c", str(config_path)),
+            child_environment(os.environ),
+            wait_ready=self._wait_for_nats,
+        )
+
+
+def _port(asked: int | None) -> int:
+    """Return a usable port.
+
+    Raises:
+        ConfigError: the port asked for is in use.
+    """
+    if asked is None:
+        return nats_server.free_port()
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", asked))
+        except OSError as error:
+            raise ConfigError(
+                f"port {asked} of 127.0.0.1: {error.strerror}; choose another --nats-port, "
+                f"or use the NATS that runs there with --nats nats://127.0.0.1:{asked}"
+            ) from error
+    return asked
+
+
+def _log_to(path: Path) -> None:
+    """Send this process's own log to a file: the terminal belongs to the live view."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    for old in root.handlers:
+        old.close()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
