@@ -26,11 +26,15 @@ from shared.runtime.context import Context
 from shared.runtime.errors import BusUnavailable, Conflict, PayloadTooLarge, RuntimeFault
 from shared.runtime.intake import accept
 from shared.wire.codec import encode
+from shared.wire.errors import ForeignMajor
 from shared.wire.messages import Terminal, Ticket
 from shared.wire.trajectory import Failure, Outcome
 
 QUEUE = "env_agents"
 """Durable name of the work queue's consumer."""
+
+FOREIGN_DELAY_S = 5.0
+"""A ticket of another wire major waits so long for somebody who can read it."""
 
 
 async def serve(context: Context, config: EnvAgentsConfig) -> None:
@@ -92,6 +96,8 @@ class _EnvAgents:
         )
         self._places: set[_Place] = set()
         self._place_freed = asyncio.Event()
+        self._foreign = ""
+        """Why we went unready: the last ticket of another wire major."""
         self._jitter = random.Random(context.incarnation).random
 
     async def run(self, queue: WorkQueue) -> None:
@@ -184,9 +190,19 @@ class _EnvAgents:
 
     async def _work(self, place: _Place) -> None:
         job = place.job
-        ticket = await accept(job, self._context, Ticket)
-        if ticket is None:
+        record = job.record
+        try:
+            ticket = await accept(self._context, record.subject, record.seq, record.payload, Ticket)
+        except ForeignMajor as error:
+            self._foreign = str(error)
+            self._context.health.set_unready(self._foreign)
+            await self._hand_back(job, FOREIGN_DELAY_S)
             return
+        if ticket is None:
+            await job.term()
+            return
+        if self._foreign and self._context.health.reason == self._foreign:
+            self._context.health.set_ready()
         if job.num_delivered > 1 and await self._is_stored(ticket):
             await self._ack(job)
             return

@@ -119,9 +119,7 @@ def test_a_two_turn_episode_asks_steps_and_ends_with_a_trajectory() -> None:
     assert ask.request.seed == turn_seed(11, 1)
 
     play(episode, done(6, STOP, version=5, request="a-2"))
-    outcome = the_outcome(
-        play(episode, Stepped([7], 1.0, True, False, {"goal": 1.0}), now=14.0)[0]
-    )
+    outcome = the_outcome(play(episode, Stepped([7], 1.0, True, False, {"goal": 1.0}), now=14.0)[0])
     assert isinstance(outcome, Trajectory)
     assert (outcome.status, outcome.reward, outcome.rewards) == ("done", 1.25, {"goal": 1.0})
     assert outcome.task_digest == "digest"
@@ -180,9 +178,7 @@ def test_tokens_over_an_old_cache_are_marked_mixed() -> None:
     assert outcome.sequences[0].mixed_kv == (Span(version=4, start=3, stop=5),)
 
 
-@pytest.mark.parametrize(
-    ("ids", "finish"), [((5, STOP), "stop"), ((5, 5, 5, 5, 5, 5), "length")]
-)
+@pytest.mark.parametrize(("ids", "finish"), [((5, STOP), "stop"), ((5, 5, 5, 5, 5, 5), "length")])
 def test_a_partial_turn_with_nothing_left_to_sample_is_complete(
     ids: tuple[int, ...], finish: str
 ) -> None:
@@ -206,7 +202,9 @@ def test_a_partial_turn_with_nothing_left_to_sample_is_complete(
         Unanswered("a-1", "no_responders"),
     ],
 )
-def test_what_nobody_can_serve_now_is_asked_again_after_a_growing_back_off(setback: Replied) -> None:
+def test_what_nobody_can_serve_now_is_asked_again_after_a_growing_back_off(
+    setback: Replied,
+) -> None:
     episode = make_episode()
     begun(episode)
     delays: list[float] = []

@@ -44,9 +44,7 @@ async def test_moves_agree_with_gymnasium_made_by_its_registry() -> None:
     for index in range(20):
         env = FrozenLake({"max_turns": 1000})
         text = (await env.reset(task(index))).text
-        reference = gymnasium.make(
-            "FrozenLake-v1", desc=text.split("\n")[:4], is_slippery=False
-        )
+        reference = gymnasium.make("FrozenLake-v1", desc=text.split("\n")[:4], is_slippery=False)
         reference.reset(seed=0)
         for step in range(60):
             action = (7 * step + step * step // 3 + index) % 4

@@ -93,9 +93,7 @@ class World:
             drawn.append((token, self.version, -self.rng.random()))
             if token == STOP:
                 break
-        finished = bool(drawn) and (
-            drawn[-1][0] == STOP or len(drawn) == request.max_new_tokens
-        )
+        finished = bool(drawn) and (drawn[-1][0] == STOP or len(drawn) == request.max_new_tokens)
         self.reference += [(token, 1, version, logprob) for token, version, logprob in drawn]
         sampled = _tokens(drawn)
         pod = self.rng.choice(["p", "q"])
@@ -111,8 +109,7 @@ def _tokens(drawn: list[tuple[int, int, float]]) -> SampledTokens:
         token_ids=Array.of([token for token, *_ in drawn], "i4"),
         logprobs=Array.of([logprob for *_, logprob in drawn], "f4"),
         spans=tuple(
-            Span(version=version, start=i, stop=i + 1)
-            for i, (_, version, _) in enumerate(drawn)
+            Span(version=version, start=i, stop=i + 1) for i, (_, version, _) in enumerate(drawn)
         ),
     )
 
@@ -126,12 +123,14 @@ def test_randomised_interruptions_keep_ids_masks_stamps_and_logprobs_exact(
     episode = Episode(TICKET, "a", LIMITS, (), jitter=lambda: 0.5)
     seen: set[str] = set()
     event: Event = Started()
+    asked: SampleRequest | None = None
     answer_start = 0
     answers: list[list[int]] = []
     while True:
         actions = episode.handle(event, 0.0)
         if not actions:  # a stale reply: the request is still open
             assert isinstance(event, Replied)
+            assert asked is not None
             event = world.answer(asked)
             continue
         (action,) = actions
