@@ -7,7 +7,7 @@ is scored in one go, and what the current version holds is scored before it is l
 version is the nearest due one in the direction of travel, which visits every due version within
 two sweeps: nobody starves.
 
-A version that is not held is waited for (newer than the head), asked for (it should exist) or
+A version that is not held is waited for (newer than all held), asked for (it should exist) or
 given up (gone for good); another version never stands in for it.
 """
 
@@ -26,7 +26,6 @@ from services.logit_oracle.orders import (
     Evict,
     Floor,
     Gone,
-    HeadSeen,
     Held,
     Lost,
     Move,
@@ -60,8 +59,8 @@ class Elevator:
         canary_retries: how often a version whose canary disagrees is fetched afresh before its
             tokens are reported unverified.
         ask_retry_s: pause before a version is asked for again after the bus did not answer.
-        absent_after_s: how long a version newer than the head is waited for before it is asked
-            for (its manifest must exist before any of its tokens can).
+        absent_after_s: how long a version newer than every one held is waited for before it is
+            asked for (it was published before any of its tokens was sampled).
     """
 
     def __init__(
@@ -128,8 +127,6 @@ class Elevator:
         match event:
             case Arrived(job, parts):
                 self._enqueue(job, parts, now, actions)
-            case HeadSeen(version):
-                self._head = max(self._head, version)
             case Held(version):
                 self._hold(version)
             case Lost(version):

@@ -29,15 +29,8 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
-class HeadSeen:
-    """Versions up to this one have been published."""
-
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
 class Held:
-    """The history can materialise this version."""
+    """The history can materialise this version; older ones must exist too."""
 
     version: int
 
@@ -101,7 +94,7 @@ class Drain:
 
 
 Event = (
-    Arrived | HeadSeen | Held | Lost | Gone | AskFailed | Floor | Moved | MoveFailed | Scored
+    Arrived | Held | Lost | Gone | AskFailed | Floor | Moved | MoveFailed | Scored
     | Tick | Drain
 )  # fmt: skip
 

@@ -11,7 +11,6 @@ from services.logit_oracle.orders import (
     Evict,
     Floor,
     Gone,
-    HeadSeen,
     Held,
     Lost,
     Move,
@@ -53,7 +52,6 @@ def at_version(version: int, *others: int, **changes: float) -> Elevator:
 
 def test_the_first_version_held_is_materialised_so_that_its_canary_is_known() -> None:
     machine = elevator()
-    assert machine.handle(HeadSeen(3), 0.0) == []
     assert machine.handle(Held(3), 0.0) == [Move(3)]
     assert machine.handle(Held(4), 0.0) == []
     assert machine.handle(Moved(3, verified=True), 0.1) == []
@@ -139,7 +137,7 @@ def test_due_versions_are_swept_in_the_direction_of_travel() -> None:
     assert actions == [Store(1)]
 
 
-def test_a_version_newer_than_the_head_is_waited_for() -> None:
+def test_a_version_newer_than_all_held_is_waited_for() -> None:
     machine = at_version(5)
     (part,) = parts(1, 6)
     assert machine.handle(Arrived(1, (part,)), 0.0) == []

@@ -19,7 +19,6 @@ from services.logit_oracle.orders import (
     Evict,
     Floor,
     Gone,
-    HeadSeen,
     Held,
     Lost,
     Move,
@@ -128,8 +127,7 @@ def traffic(
     last = int(num_jobs / per_s / publish_s) + spread + 1
     for version in range(last + 1):
         at = max(0.0, (version - spread) * publish_s)
-        world.after(at, HeadSeen(version))
-        world.after(at + world.rng.uniform(0.0, publish_s), Held(version))
+        world.after(at + world.rng.uniform(0.0, min(publish_s, 0.3)), Held(version))
         if version > 2 * spread:
             world.after(at, Floor(version - 2 * spread))
     jobs: dict[int, tuple[float, tuple[Part, ...]]] = {}

@@ -1,0 +1,232 @@
+"""From stamped tokens to old log-probs: what to forward, and where the numbers belong.
+
+A token stamped v is scored with its *entire* prefix processed by version v (`offpolicy.md` 9.3);
+only stamped positions receive a number. Shapes: T tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from services.logit_oracle.orders import Part
+from shared.algo.batching import pack
+from shared.algo.version_scoring import parts_by_version
+from shared.backends.base import Backend
+from shared.wire.base import Array, DType
+from shared.wire.messages import SequenceScore, VersionScore
+from shared.wire.trajectory import Sequence, Trajectory
+
+LayoutKind = Literal["packed", "single"]
+Status = Literal["exact", "unverified", "unscorable"]
+
+_WORST: tuple[Status, ...] = ("exact", "unverified", "unscorable")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """One part's forward: one version, one temperature, one sequence."""
+
+    sequence: int
+    """Index in the trajectory."""
+    version: int
+    temperature: float
+    token_ids: npt.NDArray[np.int32]
+    """What to forward: the prefix up to the version's last token, or the whole sequence."""
+    positions: npt.NDArray[np.int64]
+    """Stamped positions whose log-prob is wanted, ascending."""
+    can_be_exact: bool
+    """False: the tokens were sampled over a KV cache of older weights, or from a truncated
+    distribution, so that no forward of this version is their training-side twin."""
+
+
+def pieces_of(trajectory: Trajectory, *, kind: LayoutKind, temperature: float) -> tuple[Piece, ...]:
+    """Split a trajectory into what has to be forwarded.
+
+    Args:
+        trajectory: what was played.
+        kind: "packed" forwards prefixes, "single" whole sequences.
+        temperature: of turns that carry no sampling parameters of their own.
+    """
+    pieces: list[Piece] = []
+    for index, sequence in enumerate(trajectory.sequences):
+        token_ids = sequence.token_ids.numpy()
+        drawn_at, inexact = _drawn_at(sequence, temperature), _inexact(sequence)
+        for part in parts_by_version(sequence.spans):
+            can_be_exact = inexact is None or not inexact[part.positions].any()
+            for shared_temperature, positions in _by_temperature(part.positions, drawn_at):
+                stop = len(token_ids) if kind == "single" else int(positions[-1]) + 1
+                pieces.append(
+                    Piece(
+                        sequence=index,
+                        version=part.version,
+                        temperature=temperature
+                        if shared_temperature is None
+                        else shared_temperature,
+                        token_ids=token_ids[:stop],
+                        positions=positions,
+                        can_be_exact=can_be_exact,
+                    )
+                )
+    return tuple(pieces)
+
+
+def objection(trajectory: Trajectory, num_vocab: int) -> str:
+    """Return why no version can score this trajectory, empty when nothing speaks against it."""
+    for index, sequence in enumerate(trajectory.sequences):
+        token_ids = sequence.token_ids.numpy()
+        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < num_vocab:
+            return (
+                f"sequence {index}: token ids {token_ids.min()}..{token_ids.max()} are outside "
+                f"the model's vocabulary of {num_vocab}"
+            )
+        if sequence.spans and sequence.spans[0].start == 0:
+            return f"sequence {index}: its first token is stamped as sampled, but has no prefix"
+    return ""
+
+
+def score_pieces(
+    backend: Backend, pieces: Many[Piece], kind: LayoutKind
+) -> list[npt.NDArray[np.floating[Any]]]:
+    """Forward pieces under the weights that the backend holds.
+
+    Returns:
+        Per piece the log-probs at its positions, in the backend's score dtype.
+    """
+    groups: list[list[int]]
+    if kind == "single":
+        groups = [[index] for index in range(len(pieces))]
+    else:
+        by_temperature: dict[float, list[int]] = {}
+        for index, piece in enumerate(pieces):
+            by_temperature.setdefault(piece.temperature, []).append(index)
+        groups = list(by_temperature.values())
+    values: dict[int, npt.NDArray[np.floating[Any]]] = {}
+    for group in groups:
+        chosen = [pieces[index] for index in group]
+        batch = pack(
+            [piece.token_ids for piece in chosen], {"loss_mask": [_mask(piece) for piece in chosen]}
+        )
+        logprobs_T = backend.score(batch, temperature=chosen[0].temperature)
+        split = batch.split(logprobs_T.cpu())
+        for index, piece, logprobs in zip(group, chosen, split, strict=True):
+            values[index] = logprobs.numpy()[piece.positions]
+    return [values[index] for index in range(len(pieces))]
+
+
+class TrajectoryScore:
+    """Collects one trajectory's log-probs and their provenance."""
+
+    def __init__(
+        self, job: int, trajectory: Trajectory, pieces: tuple[Piece, ...], dtype: torch.dtype
+    ) -> None:
+        self._dtype: DType = "f8" if dtype == torch.float64 else "f4"
+        self._values = [
+            np.zeros(sequence.token_ids.shape[0], dtype="<" + self._dtype)
+            for sequence in trajectory.sequences
+        ]
+        self._provenance: list[dict[int, VersionScore]] = [{} for _ in trajectory.sequences]
+        self.job = job
+        self.pieces = pieces
+        self.forward_tokens = 0
+        self.compute_s = 0.0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The pieces as the elevator sees them."""
+        return tuple(
+            Part(self.job, index, piece.version, len(piece.token_ids))
+            for index, piece in enumerate(self.pieces)
+        )
+
+    def settle(
+        self,
+        index: int,
+        logprobs: npt.NDArray[np.floating[Any]],
+        *,
+        verified: bool,
+        digest: str,
+        compute_s: float,
+    ) -> Status:
+        """Take the log-probs of piece `index`; return what they count as."""
+        piece = self.pieces[index]
+        exact = verified and piece.can_be_exact and bool(np.isfinite(logprobs).all())
+        status: Status = "exact" if exact else "unverified"
+        self._values[piece.sequence][piece.positions] = logprobs
+        self.forward_tokens += len(piece.token_ids)
+        self.compute_s += compute_s
+        self._note(piece, status, digest)
+        return status
+
+    def give_up(self, index: int) -> int:
+        """Leave piece `index` at zero, its version being gone; return its stamped tokens."""
+        piece = self.pieces[index]
+        self._note(piece, "unscorable", "")
+        return len(piece.positions)
+
+    def sequences(self) -> tuple[SequenceScore, ...]:
+        """Return the result in wire form."""
+        return tuple(
+            SequenceScore(
+                old_logprobs=Array.of(values, self._dtype),
+                versions=tuple(provenance[version] for version in sorted(provenance)),
+            )
+            for values, provenance in zip(self._values, self._provenance, strict=True)
+        )
+
+    def _note(self, piece: Piece, status: Status, digest: str) -> None:
+        """Keep the worst status where a version has several pieces in one sequence."""
+        provenance = self._provenance[piece.sequence]
+        before = provenance.get(piece.version)
+        if before is None or _WORST.index(before.status) < _WORST.index(status):
+            provenance[piece.version] = VersionScore(
+                version=piece.version, status=status, digest=digest
+            )
+
+
+def _mask(piece: Piece) -> npt.NDArray[np.uint8]:
+    mask = np.zeros(len(piece.token_ids), dtype=np.uint8)
+    mask[piece.positions] = 1
+    return mask
+
+
+def _drawn_at(sequence: Sequence, temperature: float) -> npt.NDArray[np.float64] | None:
+    """Return the temperature of every token, None when it is the given one throughout."""
+    own = [turn for turn in sequence.turns if turn.sampling is not None]
+    if all(turn.sampling is None or turn.sampling.temperature == temperature for turn in own):
+        return None
+    drawn_at = np.full(sequence.token_ids.shape[0], temperature)
+    for turn in own:
+        assert turn.sampling is not None
+        drawn_at[turn.start : turn.stop] = turn.sampling.temperature
+    return drawn_at
+
+
+def _by_temperature(
+    positions: npt.NDArray[np.int64], drawn_at: npt.NDArray[np.float64] | None
+) -> list[tuple[float | None, npt.NDArray[np.int64]]]:
+    if drawn_at is None:
+        return [(None, positions)]
+    drawn = drawn_at[positions]
+    return [(float(t), positions[drawn == t]) for t in np.unique(drawn)]
+
+
+def _inexact(sequence: Sequence) -> npt.NDArray[np.bool_] | None:
+    """Return which tokens have no training-side twin, None when all have one."""
+    truncated = [
+        (turn.start, turn.stop)
+        for turn in sequence.turns
+        if turn.sampling is not None and (turn.sampling.top_p < 1 or turn.sampling.top_k)
+    ]
+    ranges = [(span.start, span.stop) for span in sequence.mixed_kv] + truncated
+    if not ranges:
+        return None
+    inexact = np.zeros(sequence.token_ids.shape[0], dtype=np.bool_)
+    for start, stop in ranges:
+        inexact[start:stop] = True
+    return inexact
