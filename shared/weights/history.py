@@ -97,6 +97,10 @@ class WeightHistory:
             del self._held[old]
         return dropped
 
+    def discard(self, version: int) -> None:
+        """Drop one version whose bytes are doubted, so that the next fetch does not reuse it."""
+        self._held.pop(version, None)
+
     def _entry(self, version: int) -> tuple[Manifest, State]:
         try:
             return self._held[version]
