@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from shared.runtime import memory_bus
 from shared.runtime.logs import Log
 from shared.weights import follower as module
 from shared.weights.digests import sha256_of
@@ -107,7 +108,10 @@ async def test_the_head_comes_with_the_names_that_changed(run_of, following) -> 
     assert f.changed == [None, {"wte.weight", "half.weight", "wide", "scalar"}]
 
 
-async def test_a_late_joiner_takes_the_newest_keyframe_and_deltas_only(run_of, following) -> None:
+async def test_a_late_joiner_takes_the_newest_keyframe_and_deltas_only(
+    run_of, following, monkeypatch
+) -> None:
+    monkeypatch.setattr(memory_bus, "MAX_BATCH", 1)
     p = await run_of(11)
     async with following("newest") as f:
         await f.until_head(10)
@@ -143,6 +147,7 @@ async def test_a_slow_follower_takes_several_deltas_in_one_pause_and_blocks_nobo
         await slow.until_head(3)
         assert fast.heads == [0, 1, 2, 3]
         assert slow.heads == [0, 3]
+        assert fast.history.versions == (3,)
 
 
 async def test_a_follower_that_starts_before_the_first_version_waits_for_it(
@@ -304,6 +309,17 @@ async def test_ensure_says_that_a_purged_version_is_gone_for_good(run_of, follow
             await f.follower.ensure(7, 2.0)
         assert caught.value.version == 7
         assert sha256_of(await f.follower.ensure(8, 2.0)) == p.manifests[8].sha256
+
+
+async def test_ensure_does_not_wait_for_a_version_that_the_log_skips(
+    run_of, following, server
+) -> None:
+    await run_of(7)
+    server.streams[Subjects("t").stream("manifests")].remove(4)
+    async with following() as f:
+        await f.until_head(6)
+        with pytest.raises(MissingVersion):
+            await f.follower.ensure(3, 5.0)
 
 
 async def test_ensure_tries_every_way_before_it_gives_up(run_of, following, server) -> None:
