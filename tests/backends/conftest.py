@@ -7,11 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from shared.backends.torch_backend import TorchBackend
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 37, 32, 4, 2, 8, 2
 ROPE_THETA, EPS = 10_000.0, 1e-6
+
+
+settings.register_profile("torch", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("torch")
 
 
 @pytest.fixture(autouse=True)
