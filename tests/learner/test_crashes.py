@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -108,8 +108,7 @@ async def play(bus: MemoryBus, make: ModuleType) -> None:
             head = await bus.last(bus.subjects.manifest)
             assert head is not None
             version = decode(head.payload, Manifest).version
-            rng = np.random.default_rng(ticket.seed % 2**32)
-            played = make.trajectory(float(rng.integers(0, 2)), (version,) * 4)
+            played = make.trajectory(float(ticket.member % 2), (version,) * 4)
             terminal = Terminal(
                 ticket_id=ticket.ticket_id,
                 attempt_id="x",
@@ -135,7 +134,7 @@ async def play(bus: MemoryBus, make: ModuleType) -> None:
 
 
 def score(ticket: Ticket, seq: int, payload: bytes, version: int) -> Score:
-    old = Array.of(np.full(6, -3.4), "f4")
+    old = Array.of(np.full(6, -1.1), "f4")
     provenance = VersionScore(version=version, status="exact", digest="d")
     return Score(
         ticket_id=ticket.ticket_id,
@@ -165,12 +164,13 @@ async def learn(server: MemoryServer, config: LearnerConfig, incarnation: str,
     bus = CrashingBus(Subjects("crash"), server)
     bus.crash_at, bus.seen = crash_at, Counter()
     context = Context("learner", "learner-0", incarnation, bus, Log("learner"))
+    crashed = False
     try:
         async with asyncio.timeout(60):
             await serve(context, config)
     except* Crash:
-        return True
-    return False
+        crashed = True
+    return crashed
 
 
 async def journal_of(server: MemoryServer) -> list[JournalEntry]:
@@ -206,16 +206,15 @@ async def test_a_learner_killed_anywhere_is_continued_without_loss_or_repetition
     model_dir: Path,
     tmp_path: Path,
     make: ModuleType,
-    memory_server: Callable[[], MemoryServer],
 ) -> None:
-    server, config = memory_server(), config_for(model_dir, tmp_path)
+    server, config = MemoryServer(), config_for(model_dir, tmp_path)
     async with players(server, make):
         assert await learn(server, config, "first", crash_at)
         before = await digests_of(server)
         assert not await learn(server, config, "second", None)
     after = await digests_of(server)
     assert {v: after[v] for v in before} == before, "a committed version changed its bytes"
-    assert set(after) == set(range(NUM_VERSIONS + 1))
+    assert len(set(after.values())) == NUM_VERSIONS + 1, "every step must change the weights"
 
     entries = [e.body for e in await journal_of(server)]
     issued = [t.ticket_id for b in entries if isinstance(b, Issued) for t in b.tickets
@@ -230,10 +229,9 @@ async def test_a_learner_killed_anywhere_is_continued_without_loss_or_repetition
 
 
 async def test_replay_that_gives_other_bytes_is_refused(
-    model_dir: Path, tmp_path: Path, make: ModuleType, memory_server: Callable[[], MemoryServer],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    server, config = memory_server(), config_for(model_dir, tmp_path)
+    model_dir: Path, tmp_path: Path, make: ModuleType
+) -> None:
+    server, config = MemoryServer(), config_for(model_dir, tmp_path)
     async with players(server, make):
         assert await learn(server, config, "first", ("manifest", 2, "after"))
         other = config.learner.model_copy(
