@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 import pytest
 
 from shared.runtime import memory_bus
 from shared.runtime.logs import Log
+from shared.runtime.memory_bus import MemoryBus
 from shared.weights import follower as module
 from shared.weights.digests import sha256_of
 from shared.weights.errors import MissingVersion
@@ -109,11 +110,20 @@ async def test_the_head_comes_with_the_names_that_changed(run_of, following) -> 
 
 
 async def test_a_late_joiner_takes_the_newest_keyframe_and_deltas_only(
-    run_of, following, monkeypatch
+    run_of, following, server, monkeypatch
 ) -> None:
+    class Trickling(MemoryBus):
+        """Delivers the log one manifest at a time, with pauses."""
+
+        async def read(self, *args, **options):
+            async with aclosing(super().read(*args, **options)) as batches:
+                async for batch in batches:
+                    yield batch
+                    await asyncio.sleep(0.005)
+
     monkeypatch.setattr(memory_bus, "MAX_BATCH", 1)
     p = await run_of(11)
-    async with following("newest") as f:
+    async with following("newest", Trickling(Subjects("t"), server)) as f:
         await f.until_head(10)
         assert f.heads == [10]
         assert f.follower.versions_applied == 3  # keyframe 8, deltas 9 and 10
