@@ -163,8 +163,13 @@ class Learner:
         await self.evaluate("final", self.version)
 
     async def finish(self) -> None:
-        """Journal the end of the run: what is left is named."""
+        """End in order: a checkpoint to go on from, or the journal's last entry.
+
+        After a clean stop nothing has to be replayed, so that a changed learning rate may resume.
+        """
         state = self._journal.state
+        if self.version not in self.retained_versions:
+            await self._checkpoint()
         if self.version == self._config.learner.versions and state.finished is None:
             unfinished = tuple(
                 t.ticket_id for t in state.open_tickets.values() if t.purpose == "train"
@@ -233,8 +238,10 @@ class Learner:
 
     async def _maybe_checkpoint(self, *, replay: bool) -> float:
         last = self.version == self._config.learner.versions
-        if replay or (self.version % self._config.learner.checkpoint.every_versions and not last):
-            return 0.0
+        due = last or self.version % self._config.learner.checkpoint.every_versions == 0
+        return await self._checkpoint() if due and not replay else 0.0
+
+    async def _checkpoint(self) -> float:
         started = time.perf_counter()
         await asyncio.to_thread(
             partial(

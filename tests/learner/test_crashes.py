@@ -237,6 +237,5 @@ async def test_replay_that_gives_other_bytes_is_refused(
         other = config.learner.model_copy(
             update={"optimizer": OptimizerSection(lr=2e-2, minibatches=2)}
         )
-        with pytest.raises(ExceptionGroup) as raised:
+        with pytest.raises(Fatal, match="other bytes than the committed"):
             await learn(server, config.model_copy(update={"learner": other}), "second", None)
-    assert raised.group_contains(Fatal, match="other bytes than the committed")
