@@ -23,33 +23,33 @@ fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 pip() { "$venv/bin/python" -m pip "$@"; }
 
-torch=$(grep -E '^torch==' constraints.txt)
-report=$(mktemp)
-trap 'rm -f "$report"' EXIT
+pinned=$(grep -E '^torch==' constraints.txt)
+torch=$pinned
+# On Linux only builds without CUDA carry this label; elsewhere PyPI's own build has none.
+[ "$(uname -s)" = Linux ] && torch=$pinned+cpu
 
-# Whether pip, called with these further arguments, would take a torch without CUDA.
-offers_cpu_torch() {
-    pip install --quiet --dry-run --ignore-installed --report "$report" "$@" "$torch" \
-        >/dev/null 2>&1 || return 1
-    "$venv/bin/python" - "$report" <<'PYTHON'
-import json, sys
-names = [item["metadata"]["name"].lower() for item in json.load(open(sys.argv[1]))["install"]]
-sys.exit(any(name.startswith(("nvidia", "cuda", "triton")) for name in names))
+reachable() {
+    "$venv/bin/python" - "$1" <<'PYTHON'
+import sys, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1], timeout=10).close()
+except OSError:
+    sys.exit(1)
 PYTHON
 }
 
 if ! "$venv/bin/python" -c "
 import importlib.metadata as m, sys
-sys.exit(m.version('torch').split('+')[0] != '${torch#torch==}')" 2>/dev/null; then
-    if offers_cpu_torch --index-url "$cpu_index" --timeout 10 --retries 0; then
-        say "$torch (CPU) from $cpu_index"
-        pip install --quiet --index-url "$cpu_index" "$torch"
-    elif offers_cpu_torch; then
-        say "$torch (CPU) as pip is configured"
-        pip install --quiet "$torch"
+sys.exit('torch==' + m.version('torch').split('+')[0] != '$pinned')" 2>/dev/null; then
+    # --no-deps: what torch needs beside itself comes below, from pip's own index
+    if reachable "$cpu_index/torch/" &&
+        pip install --quiet --no-deps --index-url "$cpu_index" "$torch"; then
+        say "$torch from $cpu_index"
+    elif pip install --quiet --no-deps "$torch"; then
+        say "$torch as pip is configured"
     else
-        fail "no CPU build of $torch: $cpu_index is unreachable and pip's own index offers none" \
-            "(or one with CUDA); put the CPU wheel in a folder and set PIP_FIND_LINKS to it"
+        fail "no $torch: $cpu_index is unreachable and pip's own index has no CPU build;" \
+            "put its wheel into a folder and set PIP_FIND_LINKS to that folder"
     fi
 fi
 
