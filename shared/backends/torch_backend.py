@@ -129,14 +129,16 @@ class TorchBackend:
     def score(self, batch: PackedBatch, *, temperature: float) -> torch.Tensor:
         """Return logprobs_T without gradient (see `base.ForwardOutput` for `loss_mask`)."""
         with torch.no_grad():
-            return self._forward(batch, temperature, with_entropy=False).logprobs_T
+            output = self._forward(self._here(batch), temperature, with_entropy=False)
+        return output.logprobs_T.to(batch.token_ids_T.device)
 
     def forward_backward(
         self, batch: PackedBatch, loss_fn: LossFn, *, temperature: float, with_entropy: bool
     ) -> float:
         """Accumulate gradients of one micro-batch; return the loss value."""
         with torch.enable_grad():
-            loss = loss_fn(self._forward(batch, temperature, with_entropy=with_entropy), batch)
+            here = self._here(batch)
+            loss = loss_fn(self._forward(here, temperature, with_entropy=with_entropy), here)
             if loss.requires_grad:
                 loss.backward()
         return float(loss.detach())
@@ -165,11 +167,20 @@ class TorchBackend:
         self.load_state(weights)
         self._at.optimizer.load_state(moments)
 
+    def _here(self, batch: PackedBatch) -> PackedBatch:
+        if batch.token_ids_T.device == self.device:
+            return batch
+        return PackedBatch(
+            token_ids_T=batch.token_ids_T.to(self.device),
+            positions_T=batch.positions_T.to(self.device),
+            lengths=batch.lengths,
+            per_token={name: x.to(self.device) for name, x in batch.per_token.items()},
+        )
+
     def _forward(
         self, batch: PackedBatch, temperature: float, *, with_entropy: bool
     ) -> ForwardOutput:
-        at = self._at
-        ids_T, positions_T = (x.to(self.device) for x in (batch.token_ids_T, batch.positions_T))
+        at, ids_T, positions_T = self._at, batch.token_ids_T, batch.positions_T
         if not 0 <= int(ids_T.min()) <= int(ids_T.max()) < at.num_vocab:
             raise ValueError(
                 f"token ids {int(ids_T.min())}..{int(ids_T.max())} are outside the model's "
@@ -178,7 +189,7 @@ class TorchBackend:
         wanted_T = positions_T > 0
         mask_T = batch.per_token.get("loss_mask")
         if mask_T is not None:
-            wanted_T &= mask_T.to(self.device).bool()
+            wanted_T &= mask_T.bool()
         rows_N = wanted_T.nonzero()[:, 0]
         hidden_TD = _hidden(at, batch, ids_T, positions_T, at.last_mlp.only(rows_N - 1))
         head = at.model.get_output_embeddings()
