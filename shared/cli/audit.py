@@ -9,7 +9,8 @@ the sampler's log-probs. Together with the ledger this is the run's claim, check
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from shared.cli.audit_picks import choose
 from shared.cli.audit_rescoring import Probe, Rescoring
 from shared.cli.ledger import Ledger, of_run
-from shared.cli.records import RunRecords, load
+from shared.cli.records import load
 from shared.cli.reference_forward import ReferenceConfig
 from shared.runtime.errors import ConfigError
 
@@ -70,24 +71,25 @@ class AuditResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {**asdict(self), "ok": self.ok}
+        return {**asdict(self), "problems": list(self.problems), "ok": self.ok}
+
+    @classmethod
+    def of_dict(cls, data: Mapping[str, Any]) -> AuditResult:
+        """Read what `as_dict` wrote; fields of another release are ignored."""
+        names = {field.name for field in fields(cls)}
+        known: dict[str, Any] = {name: value for name, value in data.items() if name in names}
+        known["problems"] = tuple(known["problems"])
+        return cls(**known)
 
 
-def run(
-    run_dir: Path,
-    *,
-    tokens: int = 2400,
-    seed: int = 0,
-    records: RunRecords | None = None,
-    ledger: Ledger | None = None,
-) -> AuditResult:
-    """Audit a run; `records` and `ledger` save reading it again.
+def run(run_dir: Path, *, tokens: int = 2400, seed: int = 0) -> AuditResult:
+    """Audit a run: balance its ledger and rescore at least `tokens` random trained tokens.
 
     Raises:
         ConfigError: the folder holds no archive, or a model this audit cannot forward.
     """
-    records = records or load(run_dir)
-    ledger = ledger or of_run(records)
+    records = load(run_dir)
+    ledger = of_run(records)
     try:
         config = ReferenceConfig.read(records.model_dir())
     except ValueError as error:

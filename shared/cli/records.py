@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -70,7 +71,7 @@ class ScoreFacts:
     """Tokens forwarded for it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunRecords:
     """One run's archive in memory; terminals and scores are decoded on demand."""
 
@@ -144,7 +145,7 @@ class RunRecords:
 
 
 def load(run_dir: Path) -> RunRecords:
-    """Read a run folder.
+    """Read a run folder. Audit, summary and report of one process share one reading.
 
     Raises:
         ConfigError: it holds no archive, or its resolved configuration cannot be read.
@@ -152,22 +153,37 @@ def load(run_dir: Path) -> RunRecords:
     directory = archive_dir(run_dir)
     if not (directory / "journal.bin").is_file():
         raise ConfigError(f"run folder {run_dir}: no archive/journal.bin; is it a run's folder?")
-    records = RunRecords(run_dir, _read_values(run_dir / "resolved.yaml"), read_facts(run_dir))
+    state = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in directory.iterdir())
+    return replace(
+        _read_archive(run_dir, tuple(state)),
+        values=_read_values(run_dir / "resolved.yaml"),
+        facts=read_facts(run_dir),
+    )
+
+
+@lru_cache(maxsize=1)
+def _read_archive(run_dir: Path, state: tuple[tuple[str, int, int], ...]) -> RunRecords:
+    """Read the archive; `state` tells one state of its files from another."""
+    del state
+    directory = archive_dir(run_dir)
+    records = RunRecords(run_dir, {}, {})
     for _, entry in _messages(records, "journal", JournalEntry):
         records.journal.append((entry.written_at, entry.body))
     for _, manifest in _messages(records, "manifests", Manifest):
         records.manifests[manifest.version] = manifest
     for _, step in _messages(records, "stats", StepReport):
         records.steps[step.version] = step
-    records.leases = [lease for _, lease in _messages(records, "leases", Lease)]
+    records.leases.extend(lease for _, lease in _messages(records, "leases", Lease))
     for seq, terminal in _messages(records, "terminals", Terminal, keep=True):
         digest = content_digest(records.payloads["terminals", seq])
         records.terminals[seq] = terminal_facts(seq, digest, terminal)
     for seq, score in _messages(records, "scores", Score, keep=True):
         records.scores[seq] = score_facts(seq, score)
-    records.queued = frozenset(read_tickets_final(directory) or ())
-    records.num_dead_letters = sum(1 for _ in read_stream(directory, "dead"))
-    return records
+    return replace(
+        records,
+        queued=frozenset(read_tickets_final(directory) or ()),
+        num_dead_letters=sum(1 for _ in read_stream(directory, "dead")),
+    )
 
 
 def terminal_facts(seq: int, digest: str, terminal: Terminal) -> TerminalFacts:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from shared.cli import audit as audit_module
+from shared.cli.archive import archive_dir
 from shared.cli.audit import AuditResult
 from shared.cli.ledger import Ledger, of_run
 from shared.cli.records import RunRecords, load
@@ -43,49 +43,42 @@ class Lift:
         return self.lift >= LEARNED_LIFT and self.low > 0
 
 
-def write(
-    run_dir: Path,
-    *,
-    audit: AuditResult | None = None,
-    records: RunRecords | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Audit the run, write `summary.json` and `audit.json`, and return the summary.
+def write(run_dir: Path, *, audit: AuditResult | None = None) -> dict[str, Any]:
+    """Write `summary.json` and return it.
 
-    `ok` says that nothing was lost, duplicated, too old or inexact, and that held-out tasks were
-    held out; `learned` that success rose. They are separate: a short run may be sound and flat.
-
-    Args:
-        run_dir: the run's folder.
-        audit: the result, when it has been audited already.
-        records: the run's records, when they have been read already.
-        seed: of the audit's draw.
+    `sound`: nothing was lost, duplicated, too old or inexact, and held-out tasks were held out.
+    `learned`: success rose (null without evaluations). `ok`: both, and an audit that was made
+    agrees. An earlier `audit.json` is used as long as the run has not gone on since.
 
     Raises:
         ConfigError: the folder holds no archive.
     """
-    records = records or load(run_dir)
+    records = load(run_dir)
     ledger = of_run(records)
-    audit = audit or audit_module.run(run_dir, seed=seed, records=records, ledger=ledger)
-    audit_module.save(audit, run_dir)
-    summary = summarise(records, ledger, audit)
+    summary = summarise(records, ledger, audit or read_audit(run_dir))
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult) -> dict[str, Any]:
+def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult | None) -> dict[str, Any]:
     """Return the summary; pure."""
     lift = paired_lift(records.bodies)
     overlap = num_shared_tasks(records)
     processes = lives(records.leases)
-    problems = [
-        *audit.problems,
+    unsound = [
+        *ledger.problems,
+        *(
+            problem
+            for problem in (audit.problems if audit else ())
+            if problem not in ledger.problems
+        ),
         *(f"{text}: {count} payloads" for text, count in records.unreadable.items()),
         *([f"{overlap} evaluation tasks were trained on (equal content)"] if overlap else []),
     ]
-    training = asdict(ledger.training)
+    problems = [*unsound, *_not_learned(records, lift)]
     return {
         "ok": not problems,
+        "sound": not unsound,
         "learned": lift.learned if lift else None,
         "problems": problems,
         "run": records.setting("run.name", records.run_dir.name),
@@ -105,13 +98,13 @@ def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult) -> dict[s
         "staleness_mean": ledger.staleness_mean,
         "staleness_bound": int(records.setting("admission.max_staleness", 4)),
         "old_logits_exact_ratio": ledger.exact_ratio,
-        "audited_tokens": audit.audited_tokens,
-        "audit_mismatches": audit.mismatches,
-        "audit_max_error": audit.max_error,
-        "audit_control_tokens": audit.control_tokens,
-        "audit_control_mismatches": audit.control_mismatches,
-        "audit_sampler_mismatches": audit.sampler_mismatches,
-        **{f"trajectories_{name}": count for name, count in training.items()},
+        "audited_tokens": audit.audited_tokens if audit else 0,
+        "audit_mismatches": audit.mismatches if audit else None,
+        "audit_max_error": audit.max_error if audit else None,
+        "audit_control_tokens": audit.control_tokens if audit else None,
+        "audit_control_mismatches": audit.control_mismatches if audit else None,
+        "audit_sampler_mismatches": audit.sampler_mismatches if audit else None,
+        **{f"trajectories_{name}": count for name, count in asdict(ledger.training).items()},
         "evaluation": asdict(ledger.evaluation),
         "restarts": num_restarts(records.facts),
         "kills": len(records.facts.get("kills") or ()),
@@ -123,6 +116,27 @@ def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult) -> dict[s
         "dead_letters": records.num_dead_letters,
         "package_versions": records.facts.get("versions", {}),
     }
+
+
+def read_audit(run_dir: Path) -> AuditResult | None:
+    """Return the audit saved in the run folder, None when there is none of its present journal."""
+    path = run_dir / "audit.json"
+    journal = archive_dir(run_dir) / "journal.bin"
+    if not path.is_file() or path.stat().st_mtime_ns < journal.stat().st_mtime_ns:
+        return None
+    return AuditResult.of_dict(json.loads(path.read_text()))
+
+
+def _not_learned(records: RunRecords, lift: Lift | None) -> list[str]:
+    if lift is None:
+        asked = int(records.setting("learner.eval.episodes", 0))
+        return ["no base and final evaluation to compare"] if asked else []
+    if lift.learned:
+        return []
+    return [
+        f"it did not learn: lift {lift.lift:+.3f} (95 % {lift.low:+.3f} to {lift.high:+.3f}), "
+        f"needed {LEARNED_LIFT:+.2f} and an interval above 0"
+    ]
 
 
 def paired_lift(bodies: Iterable[JournalBody], *, seed: int = 0) -> Lift | None:

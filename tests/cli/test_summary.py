@@ -1,12 +1,13 @@
 """The summary's numbers, and what makes it not ok."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shared.cli import summary
+from shared.cli import audit, summary
 from shared.cli.archive import ArchiveWriter, Record, archive_dir
 from shared.wire.journal import Evaluated
 from tests.cli.synthetic_run import Spec, SyntheticRun, build
@@ -59,6 +60,7 @@ def evaluated(name: str, rewards: dict[int, float]) -> Evaluated:
 
 def test_a_sound_run_is_summed_up(synthetic: SyntheticRun, tmp_path: Path) -> None:
     run_dir = synthetic.write(tmp_path / "run")
+    audit.save(audit.run(run_dir, tokens=200), run_dir)
     result = summary.write(run_dir)
     assert result == json.loads((run_dir / "summary.json").read_text())
     assert not [name for name in REQUIRED if name not in result]
@@ -74,7 +76,9 @@ def test_a_sound_run_is_summed_up(synthetic: SyntheticRun, tmp_path: Path) -> No
     assert all(0 < share < 1 for share in result["time_share"].values())
     assert result["tokens_per_s_generated"] > 0
     assert result["oracle_forward_ratio"] >= 1.0
-    assert json.loads((run_dir / "audit.json").read_text())["mismatches"] == 0
+    assert result["audited_tokens"] >= 200
+    assert result["audit_mismatches"] == 0
+    assert result["audit_control_mismatches"] > 0
 
 
 def test_the_lift_pairs_by_task_and_its_interval_covers_it() -> None:
@@ -105,7 +109,8 @@ def test_without_two_evaluations_there_is_no_lift(synthetic: SyntheticRun, tmp_p
     assert summary.paired_lift([evaluated("base", {0: 1.0})]) is None
     synthetic.journal = [b for b in synthetic.journal if getattr(b, "name", "") != "final"]
     result = summary.write(synthetic.write(tmp_path / "run"))
-    assert result["ok"]
+    assert result["problems"] == ["no base and final evaluation to compare"]
+    assert result["sound"]
     assert result["learned"] is None
     assert result["success_lift_ci"] is None
 
@@ -129,6 +134,31 @@ def test_an_unreadable_record_is_a_problem(synthetic: SyntheticRun, tmp_path: Pa
     result = summary.write(run_dir)
     assert len(result["problems"]) == 1
     assert result["problems"][0].startswith("scores: Malformed")
+
+
+def test_an_audit_from_before_the_run_went_on_does_not_count(
+    synthetic: SyntheticRun, tmp_path: Path
+) -> None:
+    run_dir = synthetic.write(tmp_path / "run")
+    path = audit.save(audit.run(run_dir, tokens=50), run_dir)
+    read = summary.read_audit(run_dir)
+    assert read is not None
+    assert read.as_dict() == json.loads(path.read_text())
+    journal = run_dir / "archive" / "journal.bin"
+    later = path.stat().st_mtime_ns + 1
+    os.utime(journal, ns=(later, later))
+    assert summary.read_audit(run_dir) is None
+    result = summary.write(run_dir)
+    assert (result["audited_tokens"], result["audit_mismatches"]) == (0, None)
+
+
+def test_a_flat_run_is_sound_but_not_ok(synthetic: SyntheticRun, tmp_path: Path) -> None:
+    base = next(b for b in synthetic.journal if getattr(b, "name", "") == "base")
+    synthetic.journal = [b for b in synthetic.journal if getattr(b, "name", "") != "final"]
+    synthetic.journal.append(base.model_copy(update={"name": "final"}))
+    result = summary.write(synthetic.write(tmp_path / "run"))
+    assert (result["sound"], result["learned"], result["ok"]) == (True, False, False)
+    assert result["problems"][0].startswith("it did not learn: lift +0.000")
 
 
 def test_restarts_are_read_in_both_forms() -> None:
