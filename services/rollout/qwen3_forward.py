@@ -70,9 +70,9 @@ class Qwen3Forward:
         self._config = config
         self._weights = weights
         self._cache = cache
-        # float32 angles, then the cast: what the trained model was trained with.
+        # float32 angles by this very formula, then the cast: what the model was trained with.
         half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        angles = torch.arange(cache.context).float()[:, None] / config.rope_theta**half
+        angles = torch.arange(cache.context).float()[:, None] * (1.0 / config.rope_theta**half)
         cos, sin = angles.cos(), angles.sin()
         self._cos_CD = torch.cat((cos, cos), -1).to(weights.dtype)[:, None]
         self._sin_CD = torch.cat((-sin, sin), -1).to(weights.dtype)[:, None]

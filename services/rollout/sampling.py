@@ -63,7 +63,7 @@ def draw(
     """
     temperatures = torch.from_numpy(temperatures_X).to(logits_XV.dtype)[:, None]
     logprobs_XV = torch.log_softmax(logits_XV / temperatures, -1)
-    cumulated_XV = logprobs_XV.double().exp_().cumsum_(-1)
+    cumulated_XV = logprobs_XV.double().exp().cumsum_(-1)
     targets_X1 = torch.from_numpy(uniforms_X)[:, None] * cumulated_XV[:, -1:]
     # The first token whose cumulated probability exceeds the target; never one of probability 0.
     chosen_X1 = (cumulated_XV <= targets_X1).sum(-1, keepdim=True)
