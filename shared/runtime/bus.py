@@ -7,6 +7,7 @@ implement this and pass the same contract suite (`tests/runtime/test_bus_contrac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -93,6 +94,8 @@ class Bus(Protocol):
 
     subjects: Subjects
     max_payload: int
+    counters: Counter[str]
+    """Monotonic, for `/metrics`: reconnects, publish_retries, redeliveries, handler_errors, ..."""
 
     @property
     def connected(self) -> bool: ...
@@ -189,7 +192,9 @@ class Bus(Protocol):
 
     async def stream_state(self, stream: StreamName) -> StreamState: ...
 
-    async def purge(self, stream: StreamName, below_seq: int, *, subject: str | None = None) -> None:
+    async def purge(
+        self, stream: StreamName, below_seq: int, *, subject: str | None = None
+    ) -> None:
         """Delete messages with a sequence < `below_seq` (of `subject` only, when given)."""
         ...
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from shared.runtime import blobs
 from shared.runtime.bus import CoreMessage, Job, Record, StreamState, Subscription, WorkQueue
-from shared.runtime.errors import BusUnavailable, PayloadTooLarge
+from shared.runtime.errors import BusUnavailable, Conflict, PayloadTooLarge
 from shared.runtime.logs import Log
 from shared.runtime.memory_server import MemoryConsumer, MemoryServer, MemoryStream
 from shared.runtime.streams import matches, stream_of
@@ -113,14 +113,23 @@ class MemoryBus:
     ) -> int:
         name = stream_of(self.subjects, subject)
         msg_id = msg_id or uuid.uuid4().hex
+        retried = False
         while True:
             stream = await self._stream(name)
-            seq = self.server.append(self.subjects.stream(name), subject, payload, expected, msg_id)
+            try:
+                seq = self.server.append(
+                    self.subjects.stream(name), subject, payload, expected, msg_id
+                )
+            except Conflict:
+                stored = stream.by_subject.get(subject)
+                if retried and stored is not None and stream.msg_ids.get(msg_id) == stored:
+                    return stored  # ours: only the acknowledgement was lost
+                raise
             if not self.server.lose_acks:
                 return seq
             self.server.lose_acks -= 1
             self.counters["publish_retries"] += 1
-            del stream
+            retried = True
             await asyncio.sleep(0)
 
     async def last(self, subject: str) -> Record | None:

@@ -155,10 +155,11 @@ class MemoryServer:
         stream = self.streams[stream_name]
         if len(payload) > self.max_payload:
             raise PayloadTooLarge(subject, len(payload), self.max_payload)
-        if msg_id and msg_id in stream.msg_ids:
-            return stream.msg_ids[msg_id]
+        # Like the real server: the comparison comes first, a known id second.
         if expected is not None and stream.by_subject.get(subject, 0) != expected:
             raise Conflict(subject, expected)
+        if msg_id and msg_id in stream.msg_ids:
+            return stream.msg_ids[msg_id]
         if stream.num_bytes + len(payload) > stream.max_bytes:
             raise StreamFull(subject)
         stream.last_seq += 1
