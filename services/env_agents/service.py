@@ -195,7 +195,6 @@ class _EnvAgents:
             ticket = await accept(self._context, record.subject, record.seq, record.payload, Ticket)
         except ForeignMajor as error:
             self._foreign = str(error)
-            self._context.health.set_unready(self._foreign)
             await self._hand_back(job, FOREIGN_DELAY_S)
             return
         if ticket is None:
