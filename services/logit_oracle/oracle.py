@@ -8,8 +8,6 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from shared.runtime.intake import accept
-
 from services.logit_oracle.bench import Bench
 from services.logit_oracle.config import LogitOracleConfig
 from services.logit_oracle.elevator import Elevator
@@ -17,13 +15,10 @@ from services.logit_oracle.orders import (
     Action,
     Arrived,
     Ask,
-    AskFailed,
     Drain,
     Event,
     Evict,
     Floor,
-    Gone,
-    Held,
     Move,
     Moved,
     MoveFailed,
@@ -35,18 +30,18 @@ from services.logit_oracle.orders import (
 )
 from services.logit_oracle.scoring import TrajectoryScore, objection, pieces_of
 from services.logit_oracle.storing import store_score
+from services.logit_oracle.versions import Versions
 from shared.runtime.bus import Job, WorkQueue
 from shared.runtime.context import Context
-from shared.runtime.errors import BusUnavailable
+from shared.runtime.intake import accept
 from shared.weights.errors import MissingVersion
 from shared.weights.follower import Follower
-from shared.weights.history import State, WeightHistory
-from shared.weights.manifest_log import read_head
+from shared.weights.history import WeightHistory
 from shared.wire.codec import content_digest, decode
-from shared.wire.errors import WireError
+from shared.wire.errors import ForeignMajor, WireError
 from shared.wire.messages import Score, Terminal
 from shared.wire.trajectory import Trajectory
-from shared.wire.weights import Control, Manifest
+from shared.wire.weights import Control
 
 COUNTERS = (
     "trajectories", "scored_tokens", "unverified_tokens", "unscorable_tokens", "forward_tokens",
@@ -85,6 +80,7 @@ class Oracle:
         self._bench = bench
         self._history = history
         self._follower = follower
+        self._versions = Versions(context, section, history, follower, self._tell)
         self._num_vocab = num_vocab
         self._elevator = Elevator(
             pack_tokens=section.pack_tokens,
@@ -104,6 +100,8 @@ class Oracle:
         self._tasks: set[asyncio.Task[None]] = set()
         self._bench_busy_s = 0.0
         self._verified_once = False
+        self._foreign = (0.0, "")
+        """Until when an unreadable newer peer makes us unready, and why."""
         for name in COUNTERS:
             context.count(name, 0)
 
@@ -111,11 +109,7 @@ class Oracle:
         """Serve until the context is stopped, then finish or hand back what is held."""
         self._context.health.set_unready("no policy version yet")
         async with self._group:
-            self._spawn(
-                self._follower.run(
-                    self._on_head, start="oldest_needed", on_version=self._on_version
-                )
-            )
+            self._spawn(self._versions.follow())
             self._spawn(self._forward())
             self._spawn(self._watch_time())
             self._spawn(self._watch_control())
@@ -150,7 +144,7 @@ class Oracle:
             case Store(job):
                 self._settled.put_nowait(job)
             case Ask():
-                self._spawn(self._ask(action))
+                self._spawn(self._versions.ask(action))
             case Unscorable(version, parts):
                 lost = sum(self._open[part.job].score.give_up(part.index) for part in parts)
                 self._context.count("unscorable_tokens", lost)
@@ -192,8 +186,17 @@ class Oracle:
             return
 
     async def _take(self, job: Job) -> None:
-        terminal = await accept(job, self._context, Terminal)
+        record = job.record
+        try:
+            terminal = await accept(
+                self._context, record.subject, record.seq, record.payload, Terminal
+            )
+        except ForeignMajor as error:
+            self._foreign = (time.monotonic() + 2 * self._section.foreign_delay_s, str(error))
+            await job.nak(self._section.foreign_delay_s)
+            return
         if terminal is None:
+            await job.term()
             return
         outcome = terminal.outcome
         if terminal.purpose != "train" or not isinstance(outcome, Trajectory):
@@ -303,40 +306,7 @@ class Oracle:
             compute_s=held.score.compute_s,
         )
 
-    # --- versions
-    async def _on_version(self, manifest: Manifest, state: State) -> None:
-        self._tell(Held(manifest.version))
-
-    async def _on_head(
-        self, manifest: Manifest, state: State, changed: frozenset[str] | None
-    ) -> None:
-        self._context.set_version(manifest.version)
-
-    async def _ask(self, ask: Ask) -> None:
-        version, timeout_s = ask.version, self._section.ensure_timeout_s
-        if ask.afresh:
-            self._history.discard(version)
-        try:
-            await self._follower.ensure(version, timeout_s)
-        except MissingVersion as error:
-            self._context.log.warning("version_gone", version=version, reason=str(error))
-            self._tell(Gone(version))
-        except (TimeoutError, BusUnavailable) as error:
-            gone = await self._never_published(version)
-            self._context.log.warning(
-                "version_not_available", version=version, reason=repr(error), gone=gone
-            )
-            self._tell(Gone(version) if gone else AskFailed(version))
-        else:
-            self._tell(Held(version))
-
-    async def _never_published(self, version: int) -> bool:
-        try:
-            head = await read_head(self._context.bus)
-        except (WireError, BusUnavailable):
-            return False
-        return head is None or head.manifest.version < version
-
+    # --- state of the process
     async def _watch_control(self) -> None:
         context = self._context
         while True:
@@ -362,6 +332,8 @@ class Oracle:
                 if self._context.counters["canary_failures"]
                 else "no policy version yet"
             )
+        elif time.monotonic() < self._foreign[0]:
+            health.set_unready(self._foreign[1])
         elif self._follower.refused:
             health.set_unready(next(iter(self._follower.refused.values())))
         elif not self._context.stop.is_set():

@@ -53,7 +53,7 @@ async def serve(context: Context, config: LogitOracleConfig) -> None:
         "terminals", QUEUE, ack_wait_s=section.ack_wait_s, max_ack_pending=section.max_ack_pending
     )
     history = WeightHistory()
-    bench = Bench(backend, history, section.layout)
+    bench = Bench(backend, history, section.layout, pack_tokens=section.pack_tokens)
     oracle = Oracle(
         context,
         config,

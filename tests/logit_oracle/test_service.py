@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -159,6 +160,20 @@ async def test_a_malformed_terminal_is_a_dead_letter_and_the_service_goes_on(
     assert decode(record.payload, DeadLetter).origin.endswith("terminal.broken")
 
 
+async def test_a_terminal_of_a_foreign_major_is_handed_back_and_makes_the_service_unready(
+    rig, sequence, trajectory, eventually
+) -> None:
+    await rig.publish(1)
+    foreign = msgpack.packb({"w": (99, 0), "t": "Terminal", "b": {}})
+    await rig.bus.append(rig.bus.subjects.terminal("foreign"), foreign)
+    terminal = await rig.play(trajectory(sequence([(0, 4, 8)])))
+    async with rig.oracle(foreign_delay_s=0.2) as context:
+        assert statuses(await rig.score(terminal)) == [(0, "exact")]
+        await eventually(lambda: "rolling upgrade" in context.health.reason)
+        await eventually(lambda: context.counters["foreign_major"] >= 2)
+    assert await rig.bus.last(rig.bus.subjects.dead("logit_oracle")) is None
+
+
 @pytest.mark.parametrize("token_id", [41, -1])
 async def test_a_token_outside_the_vocabulary_spoils_only_its_own_trajectory(
     rig, sequence, trajectory, token_id
@@ -182,19 +197,19 @@ async def test_a_sampled_token_without_a_prefix_is_never_exact(rig, sequence, tr
 
 
 async def test_two_oracles_share_the_load_and_no_terminal_has_two_scores(
-    rig, sequence, trajectory
+    rig, sequence, trajectory, eventually
 ) -> None:
     await rig.publish(2)
-    async with (
-        rig.oracle(max_in_flight=8, fetch_batch=4) as one,
-        rig.oracle(max_in_flight=8, fetch_batch=4) as two,
-    ):
-        terminals = [
-            await rig.play(trajectory(sequence([(0, 4, 8), (1, 8, 12)], seed=seed)))
-            for seed in range(60)
-        ]
-        scores = [await rig.score(terminal) for terminal in terminals]
-        await rig.all_acknowledged()
+    async with rig.oracle(max_in_flight=8, fetch_batch=4) as one:
+        await eventually(lambda: one.health.ready)
+        async with rig.oracle(max_in_flight=8, fetch_batch=4) as two:
+            await eventually(lambda: two.health.ready)
+            terminals = [
+                await rig.play(trajectory(sequence([(0, 4, 8), (1, 8, 12)], seed=seed)))
+                for seed in range(60)
+            ]
+            scores = [await rig.score(terminal) for terminal in terminals]
+            await rig.all_acknowledged()
     assert len({score.ticket_id for score in scores}) == 60
     assert (await rig.bus.stream_state("scores")).num_messages == 60
     shares = [context.counters["trajectories"] for context in (one, two)]
