@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Container
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Container, Mapping
 from typing import Literal
 
-from shared.runtime.bus import Bus, Record
+from shared.runtime.bus import Bus
 from shared.runtime.logs import Log
 from shared.weights.chunks import download
 from shared.weights.digests import specs_bytes
 from shared.weights.errors import MissingVersion, WeightsError
 from shared.weights.history import State, WeightHistory
 from shared.weights.manifest_log import read_head_seq
+from shared.weights.manifest_tail import ManifestTail
 from shared.weights.offload import crunch
 from shared.weights.quarantine import Quarantine
 from shared.weights.rebuild import changed_names, from_delta, from_keyframe
@@ -26,9 +26,6 @@ from shared.wire.weights import Control, Manifest
 OnHead = Callable[[Manifest, State, frozenset[str] | None], Awaitable[None]]
 """(manifest, state, names of tensors that differ from the last head shown, None = all)."""
 OnVersion = Callable[[Manifest, State], Awaitable[None]]
-
-_PRUNE_EVERY = 64
-"""Manifests read between two looks at how far the log was purged."""
 
 
 class Follower:
@@ -63,17 +60,11 @@ class Follower:
         self._log = log
         self._chunk_timeout_s = chunk_timeout_s
         self._retry_s = retry_s
-        self._manifests: dict[int, Manifest] = {}
-        self._seqs: dict[int, int] = {}
-        self._read_to = 0
-        self._pruned_at = 0
-        self._grown = asyncio.Condition()
+        self._tail = ManifestTail(bus, log)
         self._ensuring = asyncio.Lock()
         self._quarantine = Quarantine(retry_s)
         self._owed: set[int] = set()
         self._shown: Manifest | None = None
-        self.refused: dict[int, str] = {}
-        """Manifests of an unreadable format: log sequence -> why. Not empty: be unready."""
         self.bytes_fetched = 0
         self.resyncs = 0
         """Artefacts that could not be used: gone, corrupt, or for another base."""
@@ -81,8 +72,16 @@ class Follower:
         self.heads_shown = 0
         self.seconds = 0.0
         """Spent fetching and applying."""
-        self.newest_known = -1
+
+    @property
+    def newest_known(self) -> int:
         """Newest version in the log; the lag is `newest_known - history.newest`."""
+        return self._tail.newest
+
+    @property
+    def refused(self) -> Mapping[int, str]:
+        """Manifests of an unreadable format: log sequence -> why. Not empty: be unready."""
+        return self._tail.refused
 
     async def run(
         self,
@@ -108,20 +107,19 @@ class Follower:
         low = await self._low_water_mark() if start == "oldest_needed" else None
         known = await read_head_seq(self._bus)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._read())
-            async with self._grown:
-                # A joiner must not step through the log it is about to skip.
-                await self._grown.wait_for(lambda: self._read_to >= known)
+            group.create_task(self._tail.run())
+            # A joiner must not step through the log it is about to skip.
+            await self._tail.wait_read_to(known)
             cursor = -1 if low is None else low - 1
             while True:
-                seen = self._read_to
+                seen = self._tail.read_to
                 if low is None:
                     await self._advance_to_newest(on_version)
                 else:
                     cursor = await self._advance_through(cursor, on_version)
                 await self._show_head(on_head, evict=low is None)
-                await self._wait_for_growth(seen)
-                await self._retry_refused()
+                await self._tail.wait_growth(seen, self._retry_s)
+                await self._tail.retry_refused()
 
     async def ensure(self, version: int, timeout_s: float) -> State:
         """Return a version, fetched again if need be, without disturbing the head.
@@ -136,72 +134,16 @@ class Follower:
         if version in self._history.versions:
             return self._history.materialise(version)
         async with asyncio.timeout(timeout_s):
-            async with self._grown:
-                await self._grown.wait_for(lambda: self._is_settled(version))
+            await self._tail.wait_settled(version)
             async with self._ensuring:
                 tried: set[str] = set()
                 while version not in self._history.versions:
                     held = self._history.versions
-                    steps = route(self._manifests, held, version, tried)
+                    steps = route(self._tail.manifests, held, version, tried)
                     if steps is None:
                         raise MissingVersion(version, held)
                     await self._walk(steps, tried)
         return self._history.materialise(version)
-
-    def _is_settled(self, version: int) -> bool:
-        """Return whether the log has said all it will ever say about a version."""
-        if version in self._manifests or version in self._history.versions:
-            return True
-        if version > self.newest_known:
-            return False
-        # A manifest that we cannot read yet may be the one.
-        return not self.refused or version < min(self._manifests, default=0)
-
-    # --- reading the log
-    async def _read(self) -> None:
-        async with aclosing(self._bus.read("manifests", 1)) as batches:
-            async for batch in batches:
-                for record in batch:
-                    self._take(record)
-                async with self._grown:
-                    self._read_to = batch[-1].seq
-                    self._grown.notify_all()
-
-    def _take(self, record: Record) -> bool:
-        try:
-            manifest = decode(record.payload, Manifest)
-        except WireError as error:
-            if record.seq not in self.refused:
-                self._log.error("manifest_refused", seq=record.seq, reason=str(error))
-            self.refused[record.seq] = str(error)
-            return False
-        self.refused.pop(record.seq, None)
-        self._manifests[manifest.version] = manifest
-        self._seqs[manifest.version] = record.seq
-        self.newest_known = max(self.newest_known, manifest.version)
-        return True
-
-    async def _retry_refused(self) -> None:
-        for seq in list(self.refused):
-            record = await self._bus.get("manifests", seq)
-            if record is None:
-                del self.refused[seq]
-            elif self._take(record):
-                async with self._grown:
-                    self._grown.notify_all()
-
-    async def _wait_for_growth(self, seen: int) -> None:
-        """Wait for a manifest after sequence `seen`, or for the retry timer."""
-        try:
-            async with asyncio.timeout(self._retry_s), self._grown:
-                await self._grown.wait_for(lambda: self._read_to > seen)
-        except TimeoutError:
-            return
-        if self._read_to - self._pruned_at >= _PRUNE_EVERY:
-            self._pruned_at = self._read_to
-            first_seq = (await self._bus.stream_state("manifests")).first_seq
-            for version in [v for v, seq in self._seqs.items() if seq < first_seq]:
-                del self._seqs[version], self._manifests[version]
 
     async def _low_water_mark(self) -> int:
         payload = await self._bus.get_control("control")
@@ -216,7 +158,7 @@ class Follower:
     # --- materialising
     async def _advance_to_newest(self, on_version: OnVersion | None) -> None:
         held = self._history.newest
-        for target in sorted((v for v in self._manifests if v > held), reverse=True):
+        for target in sorted((v for v in self._tail.manifests if v > held), reverse=True):
             if await self._reach(target, {held}):
                 await self._tell(target, on_version)
                 return
@@ -228,8 +170,8 @@ class Follower:
         """
         if self._owed:
             low = await self._low_water_mark()
-            self._owed = {v for v in self._owed if v >= low and v in self._manifests}
-        fresh = {v for v in self._manifests if v > cursor}
+            self._owed = {v for v in self._owed if v >= low and v in self._tail.manifests}
+        fresh = {v for v in self._tail.manifests if v > cursor}
         for version in sorted(self._owed | fresh):
             if await self._reach(version, self._history.versions):
                 self._owed.discard(version)
@@ -244,7 +186,7 @@ class Follower:
             return True
         while True:
             broken = self._quarantine.closed(time.monotonic())
-            steps = route(self._manifests, held, target, broken)
+            steps = route(self._tail.manifests, held, target, broken)
             if steps is None:
                 return False
             if await self._walk(steps, None):

@@ -35,8 +35,12 @@ async def read_head_seq(bus: Bus) -> int:
     return 0 if record is None else record.seq
 
 
-async def read_retained(bus: Bus) -> list[Logged]:
-    """Return every manifest still in the log, in order; unreadable ones are left out."""
+async def read_retained(bus: Bus, *, strict: bool = False) -> list[Logged]:
+    """Return every manifest still in the log, in order; unreadable ones are left out.
+
+    Raises:
+        WireError: with `strict`, when one of them cannot be read.
+    """
     state = await bus.stream_state("manifests")
     first = max(1, state.first_seq)
 
@@ -50,5 +54,7 @@ async def read_retained(bus: Bus) -> list[Logged]:
         try:
             logged.append(Logged(record.seq, decode(record.payload, Manifest)))
         except WireError:
+            if strict:
+                raise
             continue  # followers refuse and count it; retention needs readable ones only
     return logged

@@ -17,16 +17,13 @@ from shared.weights.chunks import upload
 from shared.weights.digests import num_bytes, sha256_of, specs, version_digest
 from shared.weights.manifest_log import Logged, read_head, read_retained
 from shared.weights.offload import crunch
-from shared.weights.retention import KeyframePlace, oldest_kept, upload_ids
+from shared.weights.orphans import ORPHAN_AGE_S, sweep_orphans
+from shared.weights.retention import KeyframePlace, oldest_kept
 from shared.wire.codec import decode, encode
 from shared.wire.weights import Canary, Manifest, TensorSpec
 
 SHA256_BYTES = 64 * 1024 * 1024
 """Models up to this size carry a full hash on every version, larger ones on keyframes."""
-
-ORPHAN_AGE_S = 900.0
-"""Chunks that no manifest names are swept at this age; an upload older than half of it is not
-committed, for its chunks could be gone before its manifest is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,33 +238,11 @@ class Publisher:
         return kept.version
 
     async def sweep_orphans(self, min_age_s: float = ORPHAN_AGE_S) -> int:
-        """Drop uploads that no manifest names and that are older than `min_age_s`; return how many.
-
-        They are what publishers left behind that died or were fenced before their append. Reads
-        the chunk stream once: a task for start-up.
-        """
-        state = await self._bus.stream_state("chunks")
-        found: dict[str, float] = {}
-        for seq in range(max(1, state.first_seq), state.last_seq + 1):
-            record = await self._bus.get("chunks", seq)
-            if record is not None:
-                found[record.subject.split(".")[-2]] = record.stored_at
-        named: set[str] = set()
-        # Read after the chunks: whatever was appended meanwhile is named.
-        for entry in await read_retained(self._bus):
-            named |= upload_ids(entry.manifest)
-        horizon = self._clock() - min_age_s
-        orphans = [
-            upload_id
-            for upload_id, stored_at in found.items()
-            if upload_id not in named and stored_at <= horizon
-        ]
-        for upload_id in orphans:
-            wildcard = f"{self._bus.subjects.prefix}.chunk.{upload_id}.*"
-            await self._bus.purge("chunks", state.last_seq + 1, subject=wildcard)
+        """Drop uploads that no manifest names; return how many."""
+        orphans = await sweep_orphans(self._bus, older_than=self._clock() - min_age_s)
         if orphans:
-            self._log.info("orphans_swept", uploads=len(orphans))
-        return len(orphans)
+            self._log.info("orphans_swept", uploads=orphans)
+        return orphans
 
     async def _append(self, manifest: Manifest, expected_seq: int) -> Logged:
         subject = self._bus.subjects.manifest

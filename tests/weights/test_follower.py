@@ -10,7 +10,7 @@ import pytest
 from shared.runtime import memory_bus
 from shared.runtime.logs import Log
 from shared.runtime.memory_bus import MemoryBus
-from shared.weights import follower as module
+from shared.weights import manifest_tail
 from shared.weights.digests import sha256_of
 from shared.weights.errors import MissingVersion
 from shared.weights.follower import Follower
@@ -386,11 +386,11 @@ async def test_an_error_of_the_callback_ends_the_follower(run_of, new_bus) -> No
 async def test_the_log_of_a_long_run_is_forgotten_as_it_is_purged(
     run_of, following, monkeypatch
 ) -> None:
-    monkeypatch.setattr(module, "_PRUNE_EVERY", 4)
+    monkeypatch.setattr(manifest_tail, "PRUNE_EVERY", 4)
     p = await run_of(1)
     async with following() as f:
         for _ in range(6):
             await p.more(4)
             await p.publisher.purge_below(p.publisher.head.version)
             await f.until_head(p.publisher.head.version)
-        assert len(f.follower._manifests) <= 12
+        assert len(f.follower._tail.manifests) <= 12

@@ -9,7 +9,8 @@ from shared.runtime.errors import BusUnavailable, Conflict, Fatal, Fenced
 from shared.runtime.memory_bus import MemoryBus
 from shared.weights.digests import sha256_of, specs, version_digest
 from shared.weights.manifest_log import read_retained
-from shared.weights.publisher import ORPHAN_AGE_S
+from shared.weights.orphans import ORPHAN_AGE_S
+from shared.wire import codec
 from shared.wire.subjects import Subjects
 
 
@@ -214,6 +215,19 @@ async def test_orphans_are_swept_by_age_and_named_uploads_stay(
     assert await q.publisher.sweep_orphans() == 0
     async with following() as f:
         await f.until_head(0)
+
+
+async def test_nothing_is_swept_while_a_manifest_cannot_be_read(
+    new_publisher, make_state, new_bus, monkeypatch
+) -> None:
+    p = await new_publisher()
+    with monkeypatch.context() as future:
+        future.setattr(codec, "WIRE_VERSION", (99, 0))
+        await p.put(make_state(0))
+    await p.put(make_state(1))
+    before = (await new_bus().stream_state("chunks")).num_messages
+    assert await p.publisher.sweep_orphans(min_age_s=-60.0) == 0
+    assert (await new_bus().stream_state("chunks")).num_messages == before > 0
 
 
 async def test_an_upload_that_sweepers_may_have_taken_is_not_committed(
