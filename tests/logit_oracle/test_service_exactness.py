@@ -68,6 +68,22 @@ async def test_no_other_version_explains_the_numbers(rig, sequence, trajectory, 
             assert sorted(errors)[1] >= 100 * TOLERANCE[rig.dtype]
 
 
+async def test_large_forwards_run_in_a_thread_with_the_same_bits(
+    rig, sequence, trajectory, monkeypatch
+) -> None:
+    from services.logit_oracle import bench
+
+    await rig.publish(2)
+    stamped = sequence([(0, 4, 8), (1, 8, 20)])
+    scores = []
+    for inline_flop in (1e18, 0.0):
+        monkeypatch.setattr(bench, "INLINE_FLOP", inline_flop)
+        terminal = await rig.play(trajectory(stamped))
+        async with rig.oracle():
+            scores.append((await rig.score(terminal)).sequences[0].old_logprobs)
+    assert scores[0] == scores[1]
+
+
 async def test_packed_and_single_layout_agree_and_single_is_bitwise_the_backend_alone(
     rig, sequence, trajectory
 ) -> None:
