@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.run is None:
         _parser().print_help()
         return 2
+    logging.getLogger().addHandler(logging.NullHandler())  # errors are said once, below
     try:
         return int(arguments.run(arguments))
     except (ConfigError, BusUnavailable) as error:

@@ -132,8 +132,11 @@ def set_aside(path: Path) -> Path | None:
     Raises:
         ConfigError: it is owned by a live supervisor, or cannot be moved.
     """
-    if not path.exists() or not any(path.iterdir()):
-        return None
+    try:
+        if not path.exists() or not any(path.iterdir()):
+            return None
+    except OSError as error:
+        raise ConfigError(f"run folder {path}: {error.strerror or error}") from error
     number = 1
     while (target := path.with_name(f"{path.name}.{number}")).exists():
         number += 1

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -19,12 +20,13 @@ from shared.cli.processes import child_environment
 from shared.cli.progress import Progress
 from shared.cli.run_folder import Events, Facts, RunFolder, set_aside
 from shared.cli.supervision import Child, ChildRole, Finished
-from shared.cli.supervisor import Command, Supervisor
+from shared.cli.supervisor import Command, Companion, Supervisor
 from shared.runtime import nats_server
 from shared.runtime.bus import Bus
 from shared.runtime.errors import BusUnavailable, ConfigError
 from shared.runtime.logs import JsonFormatter, Log
 from shared.runtime.nats_bus import connect
+from shared.runtime.sections import CommonConfig
 from shared.wire.codec import decode
 from shared.wire.subjects import Subjects
 from shared.wire.weights import Control
@@ -75,32 +77,95 @@ async def run_session(
     """
     models = validate(request.values)
     check_model_directory(request.values)
-    if request.nats_url is None:
-        nats_server.find_binary()
-    if request.fresh:
-        kept = set_aside(request.run_dir)
-        if kept is not None:
-            out.write(f"the earlier run is kept in {kept}\n")
-    resumed = (request.run_dir / "run.json").exists()
-    with RunFolder(request.run_dir) as folder:
-        _log_to(folder.log_path("supervisor"))
-        run = _Run(request, folder, Facts(folder.path, request.command, resumed=resumed))
-        learner = models["learner"].model_dump()["learner"]
-        return await run.supervise(cast(int, learner["versions"]), out, beside), run.facts
+    learner = models["learner"].model_dump()["learner"]
+    # whatever can be refused is refused before anything is written
+    endpoint = await _Endpoint.prepare(request)
+    try:
+        if request.fresh:
+            kept = set_aside(request.run_dir)
+            if kept is not None:
+                out.write(f"the earlier run is kept in {kept}\n")
+        resumed = (request.run_dir / "run.json").exists()
+        with RunFolder(request.run_dir) as folder:
+            _log_to(folder.log_path("supervisor"))
+            facts = Facts(folder.path, request.command, resumed=resumed)
+            run = _Run(request, endpoint, folder, facts)
+            return await run.supervise(cast(int, learner["versions"]), out, beside), facts
+    finally:
+        if endpoint.bus is not None:
+            await endpoint.bus.close()
+
+
+@dataclass
+class _Endpoint:
+    """The run's NATS: an address, and our connection once there is one."""
+
+    common: CommonConfig
+    """With the address in it."""
+    own_port: int | None
+    """Of the server we start; None: somebody else's server."""
+    fresh: bool
+    bus: Bus | None = None
+
+    @classmethod
+    async def prepare(cls, request: Request) -> _Endpoint:
+        """Choose a port of our own, or connect to the server asked for.
+
+        Raises:
+            ConfigError: no nats-server to start, the port is in use, or the run exists there.
+            BusUnavailable: the server asked for does not answer.
+        """
+        own_port = None
+        if request.nats_url is None:
+            nats_server.find_binary()
+            own_port = _port(request.nats_port)
+        url = request.nats_url or f"nats://127.0.0.1:{own_port}"
+        endpoint = cls(request.values.with_config("bus", url=url).common(), own_port, request.fresh)
+        if own_port is None:
+            await endpoint.open()
+        return endpoint
+
+    async def open(self) -> None:
+        """Connect and create what is missing."""
+        run, name = self.common.bus, self.common.run.name
+        bus = await connect(run, Subjects(name), "supervisor", Log("supervisor"))
+        self.bus = bus
+        await bus.create_streams()
+        if self.fresh and (await bus.stream_state("journal")).last_seq:
+            await bus.close()
+            raise ConfigError(
+                f"run {name!r} already exists on {run.url}: "
+                "resume it with --resume, or choose another name with --set run.name=..."
+            )
+
+    async def start(self) -> None:
+        """Wait until the server we started is healthy, then connect."""
+        await asyncio.to_thread(nats_server.wait_healthy, self.common.bus.url, _NATS_BOUND_S)
+        await self.open()
+
+    async def is_done(self) -> bool:
+        """Return whether the learner has declared the run finished."""
+        if self.bus is None:
+            return False
+        try:
+            payload = await self.bus.get_control("control")
+        except BusUnavailable:
+            return False
+        return payload is not None and decode(payload, Control).phase == "done"
 
 
 class _Run:
-    def __init__(self, request: Request, folder: RunFolder, facts: Facts) -> None:
+    def __init__(
+        self, request: Request, endpoint: _Endpoint, folder: RunFolder, facts: Facts
+    ) -> None:
         self._request = request
+        self._endpoint = endpoint
         self._folder = folder
-        self._own_port = None if request.nats_url is not None else _port(request.nats_port)
-        url = request.nats_url or f"nats://127.0.0.1:{self._own_port}"
-        values = request.values.with_config("bus", url=url)
+        self._facts = facts
+        values = request.values.with_config("bus", url=endpoint.common.bus.url)
         self._values = values.with_config("run", dir=str(folder.path))
         self._common = self._values.common()
-        self.facts = facts
-        facts.values |= {"nats_url": url, "run": self._common.run.name}
-        self._bus: Bus | None = None
+        facts.values |= {"nats_url": self._common.bus.url, "run": self._common.run.name}
         self._bus_open = asyncio.Event()
 
     async def supervise(self, versions: int, out: TextIO, beside: Sequence[Beside]) -> Finished:
@@ -114,66 +179,37 @@ class _Run:
         )
         display = Display(progress, self._request.title, out)
         events.observers.append(display.on_event)
-        commands = self._commands()
-        if self._own_port is None:
-            await self._open_bus()
         supervisor = Supervisor(
-            commands, self._folder, events, self.facts, learner_done=self._is_done
+            self._commands(),
+            self._folder,
+            events,
+            self._facts,
+            learner_done=self._endpoint.is_done,
         )
-        running = Running(supervisor, progress, self.facts, versions)
-        companions = [
-            display.draw,
-            lambda: self._follow(display),
-            *(lambda b=b: b(running) for b in beside),
-        ]
-        try:
-            finished = await supervisor.run(companions)
-        finally:
-            if self._bus is not None:
-                await self._bus.close()
-        self.facts.values["training_started_at"] = progress.training_started_at
-        self.facts.write()
+        running = Running(supervisor, progress, self._facts, versions)
+        companions: list[Companion] = [display.draw, lambda: self._follow(display)]
+        companions += [partial(companion, running) for companion in beside]
+        if self._endpoint.bus is not None:
+            self._bus_open.set()
+        finished = await supervisor.run(companions)
+        self._facts.values["training_started_at"] = progress.training_started_at
+        self._facts.write()
         return finished
 
-    # --- bus
     async def _wait_for_nats(self) -> None:
-        await asyncio.to_thread(nats_server.wait_healthy, self._common.bus.url, _NATS_BOUND_S)
-        await self._open_bus()
-
-    async def _open_bus(self) -> None:
-        common = self._common
-        bus = await connect(common.bus, Subjects(common.run.name), "supervisor", Log("supervisor"))
-        self._bus = bus
-        await bus.create_streams()
-        await self._refuse_foreign_run(bus)
+        await self._endpoint.start()
         self._bus_open.set()
-
-    async def _refuse_foreign_run(self, bus: Bus) -> None:
-        if self._request.fresh and (await bus.stream_state("journal")).last_seq:
-            raise ConfigError(
-                f"run {self._common.run.name!r} already exists on {self._common.bus.url}: "
-                "resume it with --resume, or choose another name with --set run.name=..."
-            )
-
-    async def _is_done(self) -> bool:
-        if self._bus is None:
-            return False
-        try:
-            payload = await self._bus.get_control("control")
-        except BusUnavailable:
-            return False
-        return payload is not None and decode(payload, Control).phase == "done"
 
     async def _follow(self, display: Display) -> None:
         await self._bus_open.wait()
-        assert self._bus is not None
-        await display.follow(self._bus)
+        assert self._endpoint.bus is not None
+        await display.follow(self._endpoint.bus)
 
     # --- processes
     def _commands(self) -> list[Command]:
         commands: list[Command] = []
-        if self._own_port is not None:
-            commands.append(self._nats(self._own_port))
+        if self._endpoint.own_port is not None:
+            commands.append(self._nats(self._endpoint.own_port))
         number = 0
         for role in START_ORDER:
             for index in range(self._values.replicas[role]):

@@ -1,0 +1,88 @@
+"""Bad configuration is one clear line that names file and key."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shared.cli.config_cmd import (
+    CONFIG_CLASSES,
+    check_model_directory,
+    effective,
+    read,
+    validate,
+)
+from shared.runtime.errors import ConfigError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples/frozen_lake/values.yaml"
+
+
+def write(tmp_path: Path, tree: object) -> Path:
+    path = tmp_path / "values.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"config": {"learner": {"versons": 3}}}, "`learner.versons` is not a known key"),
+        ({"config": {"rollout": {"dtype": "int3"}}}, "`rollout.dtype`"),
+        ({"config": {"admision": {}}}, "`admision` is not a known key"),
+        ({"config": {"admission": {"max_staleness": -1}}}, "`admission.max_staleness`"),
+        ({"config": {"run": {"name": "Not A Name"}}}, "`run.name`"),
+        ({"config": {}, "rolout": {"replicas": 2}}, "`rolout` is not a known key; meant rollout?"),
+        ({"config": {}, "rollout": {"replicas": "two"}}, "`rollout.replicas`"),
+        ({"config": {}, "rollout": 3}, "`rollout` must be a mapping"),
+        ({"config": {}, "learner": {"replicas": 2}}, "`learner.replicas`: must be 1"),
+        ({"confg": {}}, "needs a top-level mapping `config:`"),
+    ],
+)
+def test_one_line_names_file_and_key(tmp_path: Path, tree: object, said: str) -> None:
+    path = write(tmp_path, tree)
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        validate(read(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_role_has_a_configuration_model_with_its_section() -> None:
+    models = validate(read(EXAMPLE))
+    assert set(models) == set(CONFIG_CLASSES)
+    assert all(role in type(model).model_fields for role, model in models.items())
+
+
+def test_the_shipped_example_is_valid_and_asks_for_six_processes() -> None:
+    values = read(EXAMPLE)
+    assert values.replicas == {"learner": 1, "rollout": 2, "env_agents": 2, "logit_oracle": 1}
+    assert values.common().admission.max_staleness == 4
+
+
+def test_overrides_reach_the_resolved_tree_and_defaults_are_filled_in() -> None:
+    values = read(EXAMPLE, ["learner.versions=7", "run.seed=3"])
+    shown = effective(values)
+    assert shown["learner"]["versions"] == 7
+    assert shown["run"]["seed"] == 3
+    assert shown["telemetry"]["lease_interval_s"] == 2.0
+
+
+def test_keys_of_the_chart_pass_unread(tmp_path: Path) -> None:
+    path = write(tmp_path, {"image": {"tag": "x"}, "nats": {"enabled": True}, "config": {}})
+    validate(read(path))
+
+
+def test_a_missing_model_directory_is_named(tmp_path: Path) -> None:
+    values = read(EXAMPLE, [f"model.source={tmp_path / 'nowhere'}"])
+    with pytest.raises(ConfigError, match=r"model\.source.*nowhere does not exist"):
+        check_model_directory(values)
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        check_model_directory(read(EXAMPLE, [f"model.source={tmp_path}"]))
+
+
+def test_a_copy_with_other_settings_leaves_the_original() -> None:
+    values = read(EXAMPLE)
+    other = values.with_config("bus", url="nats://x:1").with_replicas("rollout", 5)
+    assert (other.config["bus"]["url"], other.replicas["rollout"]) == ("nats://x:1", 5)
+    assert "bus" not in values.config
+    assert values.replicas["rollout"] == 2
