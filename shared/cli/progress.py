@@ -14,7 +14,7 @@ WINDOW = 8
 
 EVENTS_SHOWN = 6
 
-GENERATED_COUNTER = "tokens_sampled"
+GENERATED_COUNTER = "sampled_tokens"
 """Counter of the rollouts' leases."""
 
 
