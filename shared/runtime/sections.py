@@ -127,6 +127,10 @@ class TelemetrySection(Section):
     """/metrics /healthz /readyz; 0 = any free port."""
     lease_interval_s: float = Field(default=2.0, gt=0)
     lease_expiry_s: float = Field(default=6.0, gt=0)
+    drain_s: float = Field(default=15.0, gt=0)
+    """From the stop signal to the end: what has not returned by then is cancelled."""
+    stall_s: float = Field(default=30.0, gt=0)
+    """/healthz turns 503 when the event loop has not run for so long."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
 
