@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 KEYS = (
-    "seed", "success_base", "success_final", "success_lift_ci", "staleness_max", "staleness_bound", "wall_s",
-    "trajectories_lost", "trajectories_duplicated", "audit_mismatches", "ok",
+    "seed", "success_base", "success_final", "success_lift_ci", "staleness_max",
+    "staleness_bound", "wall_s", "trajectories_lost", "trajectories_duplicated", "audit_mismatches", "ok",
 )  # fmt: skip
 """Of each run's summary, kept in the result."""
 
@@ -38,14 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         rows.append(_play(seed, arguments.out / f"demo-{seed}", arguments.demo))
         print(line(rows[-1]), flush=True)
-    problems = judge(rows, staleness_bound=_staleness_bound(arguments.out, arguments.first))
-    result = {"runs": rows, **aggregate(rows), "ok": not problems, "problems": problems}
+    problems, means = judge(rows), aggregate(rows)
+    result = {"runs": rows, **means, "ok": not problems, "problems": problems}
     path = arguments.out / "demo.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    finals = aggregate(rows)
-    print(
-        f"mean success {finals['success_final_mean']:.3f} after {finals['success_base_mean']:.3f}"
-    )
+    base, final = means["success_base_mean"], means["success_final_mean"]
+    print(f"mean success {base:.3f} before, {final:.3f} after")
     print("\n".join(["NOT OK:", *problems] if problems else ["OK"]))
     print(path)
     return 1 if problems else 0
