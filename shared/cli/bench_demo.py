@@ -12,7 +12,8 @@ from typing import Any
 
 KEYS = (
     "seed", "success_base", "success_final", "success_lift_ci", "staleness_max",
-    "staleness_bound", "wall_s", "trajectories_lost", "trajectories_duplicated", "audit_mismatches", "ok",
+    "staleness_bound", "wall_s", "trajectories_lost", "trajectories_duplicated",
+    "audit_mismatches", "ok",
 )  # fmt: skip
 """Of each run's summary, kept in the result."""
 
