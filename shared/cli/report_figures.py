@@ -1,0 +1,220 @@
+"""The report's figures about learning and exactness, as inline SVG. One function each."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Polygon, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from shared.cli.ledger import Ledger
+from shared.cli.records import RunRecords
+from shared.cli.report_data import (
+    F8,
+    K3ByAge,
+    Regions,
+    evaluations,
+    pooled,
+    series,
+    smoothed,
+    start_of,
+    steps,
+)
+from shared.cli.report_style import FULL, HALF, C, age_colour, figure
+
+
+def success(records: RunRecords) -> str:
+    """Success against wall time, versions ticked, kills marked, evaluations with intervals."""
+    reports, start = steps(records), start_of(records)
+    with figure(FULL, 3.3) as sheet:
+        axis = sheet.axes[0]
+        at = np.array([report.published_at - start for report in reports])
+        values = series(reports, "success")
+        if len(at):
+            axis.plot(at, values, ".", color=C["blue"], alpha=0.3, markersize=4, mew=0)
+            window = max(1, min(9, len(at) // 3))
+            axis.plot(at, smoothed(values, window), color=C["blue"], linewidth=1.8)
+            _version_ticks(axis, at, [report.version for report in reports])
+        shown = evaluations(records)
+        for one in shown:
+            axis.errorbar(
+                one.at_s, one.mean, yerr=[[one.mean - one.low], [one.high - one.mean]], fmt="o",
+                color=C["ink"], markersize=5.5, capsize=3, linewidth=1.4, zorder=5,
+            )  # fmt: skip
+            if one.name in ("base", "final"):
+                right = one.name == "base"
+                axis.annotate(
+                    f"{one.name} {one.mean:.2f}", (one.at_s, one.mean), (8 if right else -8, 9),
+                    textcoords="offset points", ha="left" if right else "right", weight="bold",
+                )  # fmt: skip
+        top = max([0.5, *values[np.isfinite(values)], *(one.high for one in shown)])
+        axis.set_ylim(-0.09 * top, top * 1.12)
+        _mark_kills(axis, records, label_at=top * 1.06)
+        axis.set_xlim(left=0)
+        axis.set_xlabel("seconds since start; ticks below: published versions")
+        axis.set_ylabel("success")
+    return sheet.svg
+
+
+def k3_curves(curve: K3ByAge) -> str:
+    """k3 of D by token age: exact beside current_recompute."""
+    with figure(HALF + 0.6, 3.3) as sheet:
+        axis = sheet.axes[0]
+        rows = (("current_recompute", curve.current, C["red"], 7, "bottom"),
+                ("exact old logits", curve.exact, C["blue"], -8, "top"))  # fmt: skip
+        for name, values, colour, offset, anchor in rows:
+            axis.plot(curve.ages, values, "o-", color=colour, linewidth=2, markersize=5)
+            axis.annotate(
+                name, (curve.ages[-1], values[-1]), (0, offset), textcoords="offset points",
+                ha="right", va=anchor, color=colour, weight="bold",
+            )  # fmt: skip
+        positive = np.concatenate([curve.exact, curve.current])
+        positive = positive[positive > 0]
+        if len(positive):
+            axis.set_yscale("log")
+            axis.set_ylim(positive.min() / 2.2, positive.max() * 2.2)
+        share = curve.tokens / curve.tokens.sum()
+        axis.set_xticks(
+            curve.ages, [f"{a}\n{s:.0%}" for a, s in zip(curve.ages, share, strict=True)]
+        )
+        axis.set_xlabel("token age in versions, share of tokens below")
+        axis.set_ylabel("mean k3 of D, nats")
+    return sheet.svg
+
+
+def scatter(records: RunRecords, region: Regions, limit: int = 1600) -> str:
+    """(log D, log S) of sampled loss tokens and what mask and clip accept."""
+    points = pooled(steps(records), "scatter").reshape(-1, 3)
+    if len(points) > limit:
+        points = points[np.random.default_rng(0).choice(len(points), limit, replace=False)]
+    with figure(HALF + 0.6, 4.2) as sheet:
+        axis = sheet.axes[0]
+        x_limit = _extent(points[:, 0], region.mask)
+        y_limit = _extent(points[:, 1], region.clip)
+        _draw_regions(axis, region, x_limit, y_limit)
+        ages = points[:, 2].astype(int)
+        for age in np.unique(ages):
+            chosen = points[ages == age]
+            axis.plot(
+                chosen[:, 0], chosen[:, 1], ".", color=age_colour(int(age)), markersize=4,
+                mew=0, alpha=0.55, label=f"age {age}",
+            )  # fmt: skip
+        axis.set_xlim(*x_limit)
+        axis.set_ylim(*y_limit)
+        axis.axhline(0, color=C["line"], linewidth=1)
+        axis.axvline(0, color=C["line"], linewidth=1)
+        axis.set_xlabel("log D = old − sampler: two engines, one version")
+        axis.set_ylabel("log S = current − old: two versions, one engine")
+        sheet.figure.legend(
+            loc="outside upper left", ncols=6, frameon=False, markerscale=2.5, handletextpad=0.1,
+            columnspacing=1.2, labelcolor=C["muted"],
+        )  # fmt: skip
+    return sheet.svg
+
+
+def staleness(ledger: Ledger, bound: int) -> str:
+    """Trained tokens by age, against the bound."""
+    with figure(HALF, 2.8) as sheet:
+        axis = sheet.axes[0]
+        ages = range(max(bound, ledger.staleness_max) + 1)
+        tokens = sum(ledger.age_tokens.values())
+        for age in ages:
+            share = ledger.age_tokens.get(age, 0) / tokens
+            axis.bar(age, share, width=0.72, color=age_colour(age))
+            axis.annotate(
+                f"{share:.1%}", (age, share), (0, 3), textcoords="offset points", ha="center",
+                color=C["muted"], fontsize=8,
+            )  # fmt: skip
+        axis.axvline(bound + 0.5, color=C["red"], linewidth=1.6)
+        axis.annotate(
+            f"bound {bound}", (bound + 0.5, 1.0), (5, -4), textcoords="offset points",
+            xycoords=("data", "axes fraction"), color=C["red"], va="top",
+        )  # fmt: skip
+        axis.set_xlim(-0.6, max(ages) + 1.3)
+        axis.margins(y=0.16)
+        axis.set_xticks(list(ages))
+        axis.set_xlabel("versions between sampling and training")
+        axis.set_ylabel("share of trained tokens")
+    return sheet.svg
+
+
+def lengths(records: RunRecords) -> str:
+    """Sampled tokens per trajectory, as dispatched and as trained."""
+    reports = steps(records)
+    rows = [
+        ("dispatched", pooled(reports, "dispatched_lengths"), C["muted"], True),
+        ("trained", pooled(reports, "trained_lengths"), C["blue"], False),
+    ]
+    with figure(HALF, 2.8) as sheet:
+        axis = sheet.axes[0]
+        longest = max(int(values.max()) for _, values, *_ in rows if len(values))
+        edges = np.arange(0, longest + 2) if longest < 60 else np.linspace(0, longest + 1, 40)
+        for name, values, colour, filled in rows:
+            if not len(values):
+                continue
+            density = np.histogram(values, edges)[0] / len(values)
+            axis.stairs(
+                density, edges - 0.5, color=colour, fill=filled, alpha=0.3 if filled else 1.0,
+                linewidth=1.8, label=f"{name}: {len(values):,}, mean {values.mean():.1f}",
+            )  # fmt: skip
+        axis.legend(frameon=False, labelcolor=C["muted"], loc="best")
+        axis.set_xlabel("sampled tokens per trajectory")
+        axis.set_ylabel("share")
+    return sheet.svg
+
+
+def _draw_regions(
+    axis: Axes, region: Regions, x_limit: tuple[float, float], y_limit: tuple[float, float]
+) -> None:
+    left, right = region.mask or (-50.0, 50.0)
+    low, high = region.clip
+    axis.add_patch(
+        Rectangle((left, low), right - left, high - low, facecolor=C["green"], alpha=0.1, zorder=0)
+    )
+    axis.add_patch(
+        Rectangle(
+            (left, low), right - left, high - low, fill=False, edgecolor=C["green"], linewidth=1.6,
+            zorder=4,
+        )
+    )  # fmt: skip
+    if region.mask is None:
+        return
+    # What the same mask accepts when old logits are recomputed: log D + log S in its bounds.
+    wide = 50.0
+    axis.add_patch(
+        Polygon(
+            [(left - wide, wide), (right - wide, wide), (right + wide, -wide),
+             (left + wide, -wide)],
+            fill=False, edgecolor=C["red"], linewidth=1.3, linestyle=(0, (4, 3)), zorder=4,
+        )
+    )  # fmt: skip
+
+
+def _extent(values: F8, bounds: tuple[float, float] | None) -> tuple[float, float]:
+    """Frame the data, and a bound too where it is near enough to be seen beside them."""
+    reach = float(np.quantile(np.abs(values), 0.995)) * 1.3 if len(values) else 0.0
+    reach = max(reach, 1e-3)
+    near = [abs(bound) for bound in bounds or () if abs(bound) < 8 * reach]
+    reach = max([reach, *(1.15 * bound for bound in near)])
+    return -reach, reach
+
+
+def _version_ticks(axis: Axes, at: F8, versions: list[int]) -> None:
+    transform = axis.get_xaxis_transform()
+    axis.vlines(at, 0.0, 0.025, transform=transform, color=C["muted"], linewidth=0.8, clip_on=False)
+    stride = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(at) / s <= 12)
+    for x, version in zip(at, versions, strict=True):
+        if version % stride == 0:
+            axis.text(
+                x, 0.03, f"v{version}", transform=transform, ha="center", va="bottom",
+                color=C["muted"], fontsize=7.5,
+            )  # fmt: skip
+    axis.xaxis.set_major_locator(MaxNLocator(12))
+
+
+def _mark_kills(axis: Axes, records: RunRecords, label_at: float) -> None:
+    start = start_of(records)
+    for kill in records.facts.get("kills") or ():
+        x = float(kill["at"]) - start
+        axis.axvline(x, color=C["red"], linewidth=1.4, linestyle=(0, (3, 2)))
+        axis.text(x, label_at, f" kill −9 {kill['pod']}", color=C["red"], va="center")

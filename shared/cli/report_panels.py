@@ -1,0 +1,354 @@
+"""The words and tables of the report: each panel's reading, with its numbers."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from typing import Any, cast
+
+import numpy as np
+import yaml
+
+from shared.cli.audit import AuditResult
+from shared.cli.ledger import Ledger
+from shared.cli.records import RunRecords
+from shared.cli.report_data import (
+    evaluations,
+    k3_by_age,
+    pooled,
+    regions,
+    series,
+    start_of,
+    steps,
+)
+from shared.cli.report_system import ROLE_COLOURS
+from shared.cli.report_trajectory import Explained
+from shared.cli.time_use import Life, lives, total
+
+Context = dict[str, Any]
+
+_BOOKS = (
+    ("trained", "blue"), ("dropped", "amber"), ("failed", "violet"), ("unfinished", "muted"),
+    ("lost", "red"),
+)  # fmt: skip
+_VERSION_COLOURS = ("blue", "amber", "violet", "green", "red")
+
+
+def header(records: RunRecords, s: dict[str, Any]) -> Context:
+    """Verdict, tiles, configuration."""
+    kills = len(records.facts.get("kills") or ())
+    wall = s.get("wall_s")
+    parts = [f"{_seconds(wall)} on one machine" if wall else ""]
+    parts += [f"{kills} kill −9, {s['restarts']} restarts" if kills or s["restarts"] else ""]
+    parts += [f"installation {_seconds(s['install_s'])} apart" if s.get("install_s") else ""]
+    audited = s["audited_tokens"]
+    tiles = [
+        (_arrow(s["success_base"], s["success_final"]), f"success, {s['eval_episodes']} held-out"),
+        (f"{s['audit_mismatches']} of {audited:,}" if audited else "not audited",
+         "audited tokens mismatch"),
+        (_percent(s["old_logits_exact_ratio"]), "old logits exact"),
+        (f"{s['trajectories_lost']} / {s['trajectories_duplicated']}", "lost / duplicated"),
+        (f"{s['staleness_mean']:.2f}, max {s['staleness_max']}",
+         f"staleness in versions, bound {s['staleness_bound']}"),
+        (f"{s['policy_versions']:,}", f"versions, {s['optimizer_steps']:,} optimizer steps"),
+        (f"{s['tokens_per_s_trained']:,.0f}/s", f"tokens trained, {s['tokens_trained']:,} in all"),
+        (_bytes(s.get("peak_memory_bytes")), "peak memory, summed PSS"),
+    ]  # fmt: skip
+    return {
+        "title": f"Lagwise: {s['run']}",
+        "verdict": _verdict(s),
+        "subtitle": " · ".join(part for part in parts if part),
+        "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start_of(records))),
+        "tiles": tiles,
+        "config": yaml.safe_dump(records.values, sort_keys=False) if records.values else "-",
+        "success_reading": _success_reading(records, s),
+        "footer": f"Written from {records.run_dir}/archive. Log-probs in nats.",
+    }
+
+
+def exactness(audit: AuditResult | None) -> Context:
+    """The audit's counts."""
+    if audit is None:
+        return {"audit": None, "audit_reading": ""}
+    rows = [
+        ("its own version", audit.mismatches, audit.audited_tokens, "red"),
+        ("the version before (control)", audit.control_mismatches, audit.control_tokens, "muted"),
+        ("the sampler (control)", audit.sampler_mismatches, audit.audited_tokens, "muted"),
+    ]
+    return {
+        "audit": [
+            {
+                "name": name, "mismatches": f"{count:,}", "of": f"{of:,}", "colour": colour,
+                "share": count / of if of else 0.0,
+            }
+            for name, count, of, colour in rows
+        ],
+        "audit_reading": (
+            f"Largest error {audit.max_error:.1e} nats over {audit.trajectories:,} trajectories "
+            f"and {audit.versions:,} versions; a mismatch is more than {audit.tolerance:.0e}. "
+            f"Under the version before, the median error is {audit.control_median_error:.1e}; "
+            f"for the sampler it is {audit.sampler_median_error:.1e}: one version is "
+            "told from the next."
+        ),
+    }  # fmt: skip
+
+
+def corrections(records: RunRecords) -> Context:
+    """What the scatter shows and how much was rejected or clipped."""
+    curve = k3_by_age(steps(records))
+    region = regions(records)
+    reports = steps(records)
+    shown = [
+        ("rejected by the mask", "rejected_ratio"),
+        ("clipped, advantage > 0", "clip_high_ratio"),
+        ("clipped, advantage < 0", "clip_low_ratio"),
+    ]
+    fractions = [
+        (name, f"{np.nanmean(values):.2%}")
+        for name, key in shown
+        if np.isfinite(values := series(reports, key)).any()
+    ]
+    mask = region.mask
+    return {
+        "k3_reading": curve.reading if curve else "",
+        "region": region,
+        "strip": mask is not None,
+        "mask_text": f"{np.exp(mask[0]):.2g} ≤ D ≤ {np.exp(mask[1]):.2g}"
+        if mask
+        else "rejects none",
+        "clip_text": f"{np.exp(region.clip[0]):.2g} ≤ S ≤ {np.exp(region.clip[1]):.2g}",
+        "fractions": fractions,
+        "scatter_reading": (
+            "With exact old logits the mask bounds only the discrepancy D between two engines and "
+            "the clip only the staleness S between two versions: a rectangle. Without them both "
+            "act on D·S, the diagonal strip, and a stale token is rejected as if it were noise."
+        ),
+    }
+
+
+def distributions(records: RunRecords, ledger: Ledger) -> Context:
+    """Staleness and lengths in words."""
+    bound = int(records.setting("admission.max_staleness", 4))
+    kept = "never above the bound" if ledger.staleness_max <= bound else "ABOVE THE BOUND"
+    reports = steps(records)
+    dispatched, trained = (
+        pooled(reports, name) for name in ("dispatched_lengths", "trained_lengths")
+    )
+    reading = ""
+    if len(dispatched) and len(trained):
+        ratio = trained.mean() / dispatched.mean()
+        reading = (
+            f"Trained trajectories are ×{ratio:.3f} as long as dispatched ones: "
+            f"{'no' if abs(ratio - 1) < 0.03 else 'a'} bias towards "
+            f"{'short' if ratio < 1 else 'long'} episodes from racing the trainer."
+        )
+    return {
+        "staleness_reading": (
+            f"Mean {ledger.staleness_mean:.2f}, largest {ledger.staleness_max}, {kept} of {bound}: "
+            "counted per token from the engine's stamps."
+        ),
+        "lengths_reading": reading,
+    }
+
+
+def time_use(records: RunRecords, s: dict[str, Any]) -> Context:
+    """Busy shares by process."""
+    every = lives(records.leases)
+    rows: list[Context] = []
+    for pod in dict.fromkeys(life.pod for life in every):
+        own = [life for life in every if life.pod == pod]
+        wall_s = sum(life.wall_s for life in own)
+        busy_s = sum(life.busy_s for life in own)
+        rows.append(
+            {
+                "pod": pod, "share": min(1.0, busy_s / wall_s) if wall_s else 0.0,
+                "busy_s": busy_s, "lives": len(own), "did": _did(own),
+                "colour": ROLE_COLOURS.get(own[0].role, "muted"),
+            }
+        )  # fmt: skip
+    ratio = s.get("oracle_forward_ratio")
+    oracle = (
+        f" The oracle forwarded {ratio:.2f} tokens per trajectory token (r), "
+        "off the learner's critical path."
+        if ratio
+        else ""
+    )
+    waits = series(steps(records), "wait_s")
+    waited = f" The learner waited {np.nansum(waits):.1f} s for batches." if len(waits) else ""
+    return {
+        "processes": rows,
+        "roles": [
+            (role, ROLE_COLOURS.get(role, "muted"))
+            for role in dict.fromkeys(life.role for life in every)
+            if role in s["time_share"]
+        ],
+        "time_reading": (
+            f"{s['tokens_per_s_generated']:,.0f} tokens/s generated, "
+            f"{s['tokens_per_s_trained']:,.0f} tokens/s trained. Generation, scoring and training "
+            f"overlap; busy is self-measured work over wall time.{oracle}{waited}"
+        ),
+    }
+
+
+def ledger_rows(records: RunRecords, ledger: Ledger) -> Context:
+    """The balance and what stands beside it."""
+    counts = ledger.training
+    books = [("issued", f"{counts.issued:,}", "ink")]
+    books += [(name, f"{getattr(counts, name):,}", colour) for name, colour in _BOOKS]
+    e = ledger.evaluation
+    rows = [
+        ("tokens in the loss", f"{ledger.tokens_trained:,}"),
+        ("sampled tokens of trained trajectories, masked and zero-variance ones included",
+         f"{ledger.tokens_admitted:,}"),
+        ("… of these scored under their own, verified version", f"{ledger.tokens_exact:,}"),
+        ("evaluation tickets: issued, evaluated, failed, open",
+         f"{e.issued:,}, {e.evaluated:,}, {e.failed:,}, {e.open:,}"),
+        *((f"failed or dropped: {cause}", f"{n:,}") for cause, n in ledger.drop_causes.items()),
+        ("dead letters", f"{records.num_dead_letters:,}"),
+    ]  # fmt: skip
+    issued = max(1, counts.issued)
+    return {
+        "books": books,
+        "duplicated": f"{counts.duplicated:,}",
+        "book_shares": [(getattr(counts, name) / issued, colour) for name, colour in _BOOKS],
+        "ledger_rows": rows,
+    }
+
+
+def weights(records: RunRecords) -> Context:
+    """Bytes and seconds of publication and synchronisation."""
+    manifests = list(records.manifests.values())
+    full = [m.keyframe.num_bytes for m in manifests if m.keyframe is not None]
+    deltas = [m.delta.num_bytes for m in manifests if m.delta is not None]
+    every = lives(records.leases)
+    swaps = total(every, "rollout", "swaps")
+    parts: list[str] = []
+    if full:
+        parts.append(f"A full copy is {_bytes(float(np.median(full)))}")
+    if deltas and full:
+        share = float(np.median(deltas)) / float(np.median(full))
+        parts.append(f"the median delta {_bytes(float(np.median(deltas)))} ({share:.1%} of it)")
+    seconds = series(steps(records), "publish_s")
+    if np.isfinite(seconds).any():
+        parts.append(f"publication takes {1e3 * float(np.nanmedian(seconds)):.0f} ms (median)")
+    if swaps:
+        lag = total(every, "rollout", "sync_lag_s") / swaps
+        pause = total(every, "rollout", "swap_s") / swaps
+        parts.append(
+            f"a rollout samples with it {1e3 * lag:.0f} ms after its manifest, "
+            f"pausing {1e3 * pause:.0f} ms"
+        )
+    return {"weights_reading": "; ".join(parts) + "." if parts else ""}
+
+
+def trajectory(t: Explained | None) -> Context:
+    """The explained trajectory's heading and rows."""
+    if t is None:
+        return {"t": None, "trajectory_reading": "", "version_colours": {}, "token_rows": []}
+    colours = {v: _VERSION_COLOURS[i % len(_VERSION_COLOURS)] for i, v in enumerate(t.versions)}
+    rows: list[Context] = []
+    previous = None
+    for token in t.tokens:
+        if not token.sampled:
+            continue
+        switch = ""
+        if previous is not None and token.version != previous.version:
+            where = "inside the turn" if token.turn == previous.turn else "between turns"
+            switch = (
+                f"v{previous.version} → v{token.version} {where}: the prefix is recomputed under "
+                f"v{token.version}, from here on tokens carry its stamp"
+            )
+        rows.append({"token": token, "switch": switch})
+        previous = token
+    reading = (
+        f"Ticket {t.ticket_id} (group {t.group_id}), issued at v{t.issue_version}, sampled by "
+        f"{' and '.join(f'v{v}' for v in t.versions)} on {', '.join(t.pods) or 'a rollout'}, "
+        f"{t.status}, reward {t.reward:g}, advantage {t.advantage:+.3f}; trained in the step from "
+        f"v{t.batch_version}. D = exp(old − sampler), S = exp(current − old), current being the "
+        f"policy at the start of that step; the audit's own forward stands beside the old log-prob."
+    )
+    return {
+        "t": t, "trajectory_reading": reading, "version_colours": colours, "token_rows": rows,
+    }  # fmt: skip
+
+
+def reproduce(records: RunRecords) -> Context:
+    """Commands, and the versions of the packages."""
+    command = cast("list[str]", records.facts.get("command") or [])
+    run_dir = shlex.quote(str(records.run_dir))
+    commands = [shlex.join(command)] if command else []
+    commands += [
+        f"lagwise up --config {run_dir}/resolved.yaml --fresh   # the same configuration again",
+        f"lagwise audit {run_dir}                               # count and rescore this run",
+        f"lagwise report {run_dir}                              # write this page again",
+    ]
+    packages = cast("dict[str, str]", records.facts.get("versions") or {})
+    return {
+        "commands": commands,
+        "packages": " · ".join(f"{name} {version}" for name, version in packages.items()),
+    }
+
+
+def _verdict(s: dict[str, Any]) -> str:
+    if not s["sound"]:
+        return "Not sound: " + s["problems"][0]
+    exact = (
+        "every audited token was trained with its own version's log-prob"
+        if s["audited_tokens"]
+        else "not audited yet"
+    )
+    whole = "nothing was lost or trained twice"
+    if s["learned"] is None:
+        return f"Sound: {exact}, {whole}."
+    verb = "It learned" if s["learned"] else "It did not learn"
+    return f"{verb}: success {_arrow(s['success_base'], s['success_final'])}; {exact}; {whole}."
+
+
+def _success_reading(records: RunRecords, s: dict[str, Any]) -> str:
+    final = [e for e in evaluations(records) if e.name == "final"]
+    text = "Dots: success of the trajectories each version was trained on; line: their moving mean."
+    if s["success_lift_ci"] and final:
+        low, high = s["success_lift_ci"]
+        text += (
+            f" Points: {final[-1].episodes} held-out episodes with 95 % intervals. Paired lift "
+            f"{s['success_lift']:+.3f} ({low:+.3f} to {high:+.3f}); "
+            f"{s['eval_tasks_seen_in_training']} of the held-out tasks occurred in training."
+        )
+    return text
+
+
+def _did(own: list[Life]) -> str:
+    """The largest counters of a process, in words."""
+    totals: dict[str, float] = {}
+    for life in own:
+        for name in life.leases[-1].counters:
+            totals[name] = totals.get(name, 0.0) + life.counted(name)
+    shown = sorted(
+        (row for row in totals.items() if row[1] > 0 and not row[0].endswith(("_s", "_bytes"))),
+        key=lambda row: -row[1],
+    )[:4]
+    return ", ".join(f"{count:,.0f} {name.replace('_', ' ')}" for name, count in shown)
+
+
+def _arrow(base: float | None, final: float | None) -> str:
+    if base is None or final is None:
+        return "–"
+    return f"{base:.2f} → {final:.2f}"
+
+
+def _percent(ratio: float) -> str:
+    # 100 % only when it is: 0.99996 must not round up to it.
+    return "100 %" if ratio == 1.0 else f"{min(100 * ratio, 99.99):.2f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s"
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "–"
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f} B"
