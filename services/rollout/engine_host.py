@@ -1,0 +1,122 @@
+"""The engine of this process: given weights, checked, and rebuilt when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from services.rollout.engine import Engine, EngineDead
+from services.rollout.qwen3_weights import cast_digest
+from shared.runtime.logs import Log
+from shared.wire.weights import Manifest
+
+State = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest policy version shown by the follower."""
+
+    manifest: Manifest
+    state: State
+
+
+class EngineHost:
+    """Keeps one engine alive under the newest version.
+
+    Args:
+        make: builds an engine; not started.
+        dtype: in which the engine holds the weights.
+        log: ERROR per death.
+    """
+
+    def __init__(self, make: Callable[[], Engine], dtype: torch.dtype, log: Log) -> None:
+        self._make = make
+        self._dtype = dtype
+        self._log = log
+        self._engine = make()
+        self._head: Head | None = None
+        self._applied = False
+        """The engine got the head, or the one that `changed` is relative to."""
+        self._dead = False
+        self._revived_for = -1
+        self._past: dict[str, float] = {}
+        """Counters of the engines that died."""
+        self._writing = asyncio.Lock()
+        self.problem = "no weights yet"
+        """Why nothing can be sampled; empty when it can."""
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    def counters(self) -> dict[str, float]:
+        """Monotonic counters over all engines of this process."""
+        present = self._engine.load().counters
+        names = self._past.keys() | present.keys()
+        return {n: self._past.get(n, 0.0) + present.get(n, 0.0) for n in names}
+
+    async def start(self) -> None:
+        await self._engine.start()
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+    async def show(self, manifest: Manifest, state: State, changed: frozenset[str] | None) -> None:
+        """Swap the engine to a new head; a dead engine is rebuilt first.
+
+        Raises:
+            ValueError: the published state does not fit the model.
+        """
+        async with self._writing:
+            self._head = Head(manifest, state)
+            await self._bring_up(changed)
+
+    async def revive(self) -> None:
+        """Rebuild a dead engine, once per version: what kills it twice is the version."""
+        async with self._writing:
+            head = self._head
+            if self._dead and head is not None and self._revived_for != head.manifest.version:
+                self._revived_for = head.manifest.version
+                await self._bring_up(None)
+
+    def died(self, engine: Engine, error: EngineDead) -> None:
+        """Record what a caller got from `engine`; `revive` or the next head makes a new one."""
+        if engine is self._engine and not self._dead:
+            version = -1 if self._head is None else self._head.manifest.version
+            self._dead = True
+            self.problem = f"the engine died at version {version}: {error}"
+            self._log.error("engine_died", version=version, reason=str(error))
+
+    async def _bring_up(self, changed: frozenset[str] | None) -> None:
+        """Get the head into a living engine, or record why not."""
+        head = self._head
+        assert head is not None, "called with a head"
+        if self._dead:
+            await self._rebuild()
+        complete = None if not self._applied else changed
+        try:
+            await self._engine.update(head.manifest.version, head.state, complete)
+            expected = cast_digest(head.state, self._dtype)
+            found = self._engine.device_digest()
+            if found != expected:
+                raise EngineDead(f"the device copy has digest {found}, its source {expected}")
+        except EngineDead as error:
+            self.died(self._engine, error)
+            return
+        self._applied = True
+        self.problem = ""
+
+    async def _rebuild(self) -> None:
+        self._past = self.counters()
+        await self._engine.close()
+        self._engine = self._make()
+        self._applied = self._dead = False
+        await self._engine.start()
