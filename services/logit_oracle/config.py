@@ -31,8 +31,6 @@ class LogitOracleSection(Section):
     """A trajectory whose oracle says nothing for so long is delivered to another."""
     max_ack_pending: int = Field(default=16384, gt=0)
     """Trajectories held over all oracles; at least the admission bound."""
-    foreign_delay_s: float = Field(default=5.0, gt=0)
-    """A terminal of another major wire version is handed back for so long."""
     store_concurrency: int = Field(default=16, gt=0)
     """Scores on their way to the log at once; each waits for one acknowledgement."""
     canary_retries: int = Field(default=2, ge=0)

@@ -5,7 +5,8 @@ version's last token. Parts queue by version. Standing at a version is cheap and
 a version is visited when a pack is full or a part has waited `max_wait_s`, everything queued there
 is scored in one go, and what the current version holds is scored before it is left. The next
 version is the nearest due one in the direction of travel, which visits every due version within
-two sweeps: nobody starves.
+two sweeps: nobody starves. Once, after catching up, the newest version is visited without being
+asked for, so that the process is ready only when it reproduces a canary.
 
 A version that is not held is waited for (newer than all held), asked for (it should exist) or
 given up (gone for good); another version never stands in for it.
@@ -21,6 +22,7 @@ from services.logit_oracle.orders import (
     Arrived,
     Ask,
     AskFailed,
+    CaughtUp,
     Drain,
     Event,
     Evict,
@@ -89,7 +91,9 @@ class Elevator:
         self._evicted = 0
         self._current: int | None = None
         self._verified = False
-        self._homed = False
+        self._seeking = False
+        self.homed = False
+        """The newest version held after catching up has been verified."""
         self._direction = 1
         self._packs: list[tuple[Part, ...]] = []  # rest of the visit, last one first
         self._flushed = False
@@ -129,6 +133,8 @@ class Elevator:
                 self._enqueue(job, parts, now, actions)
             case Held(version):
                 self._hold(version)
+            case CaughtUp():
+                self._seeking = not self.homed
             case Lost(version):
                 self._held.discard(version)
             case Gone(version):
@@ -188,7 +194,8 @@ class Elevator:
         self._busy = None
         if verified:
             self._canary_failures.pop(version, None)
-            self._homed = True
+            if self._seeking and version == self._newest_trusted():
+                self._seeking, self.homed = False, True
         else:
             failures = self._canary_failures.get(version, 0) + 1
             self._canary_failures[version] = failures
@@ -247,6 +254,8 @@ class Elevator:
         if self._packs:
             return self._next_pack()
         here = self._current
+        if self._seeking and (newest := self._newest_trusted()) not in (None, here):
+            return Move(newest)
         elsewhere = [v for v in self._queues if v != here and v in self._held]
         due = [v for v in elsewhere if self._is_due(self._queues[v], now)]
         own = self._queues.get(here) if here is not None else None
@@ -261,10 +270,13 @@ class Elevator:
             self._flushed = False
             return self._next_pack()
         self._flushed = False
-        newest = max(self._held, default=None)
-        if not self._homed and newest is not None and newest != here:
-            return Move(newest)
         return None
+
+    def _newest_trusted(self) -> int | None:
+        """Return the newest version held whose canary has not failed too often."""
+        failures = self._canary_failures
+        trusted = (v for v in self._held if failures.get(v, 0) <= self._canary_retries)
+        return max(trusted, default=None)
 
     def _is_due(self, queue: _Queue, now: float) -> bool:
         full = queue.num_tokens >= self._pack_tokens

@@ -33,7 +33,7 @@ from services.logit_oracle.storing import store_score
 from services.logit_oracle.versions import Versions
 from shared.runtime.bus import Job, WorkQueue
 from shared.runtime.context import Context
-from shared.runtime.intake import accept
+from shared.runtime.intake import FOREIGN_DELAY_S, accept
 from shared.weights.errors import MissingVersion
 from shared.weights.follower import Follower
 from shared.weights.history import WeightHistory
@@ -99,7 +99,6 @@ class Oracle:
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         self._bench_busy_s = 0.0
-        self._verified_once = False
         self._foreign = (0.0, "")
         """Until when an unreadable newer peer makes us unready, and why."""
         for name in COUNTERS:
@@ -192,8 +191,8 @@ class Oracle:
                 self._context, record.subject, record.seq, record.payload, Terminal
             )
         except ForeignMajor as error:
-            self._foreign = (time.monotonic() + 2 * self._section.foreign_delay_s, str(error))
-            await job.nak(self._section.foreign_delay_s)
+            self._foreign = (time.monotonic() + 2 * FOREIGN_DELAY_S, str(error))
+            await job.nak(FOREIGN_DELAY_S)
             return
         if terminal is None:
             await job.term()
@@ -250,11 +249,8 @@ class Oracle:
         if not canary.ok:
             self._context.count("canary_failures")
             self._context.log.error("canary_disagrees", version=version, max_error=canary.max_error)
-        elif not self._verified_once:
-            self._verified_once = True
-            self._context.log.info("first_version_verified", version=version)
-            self._refresh_health()
         self._tell(Moved(version, canary.ok))
+        self._refresh_health()
 
     async def _score(self, order: ScorePack) -> None:
         pack = [(self._open[part.job].score, part) for part in order.parts]
@@ -326,7 +322,7 @@ class Oracle:
 
     def _refresh_health(self) -> None:
         health = self._context.health
-        if not self._verified_once:
+        if not self._elevator.homed:
             health.set_unready(
                 "the canary of the newest version disagrees"
                 if self._context.counters["canary_failures"]

@@ -36,6 +36,11 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """Everything published so far is held, or was given up."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """The history can no longer materialise this version."""
 
@@ -94,7 +99,7 @@ class Drain:
 
 
 Event = (
-    Arrived | Held | Lost | Gone | AskFailed | Floor | Moved | MoveFailed | Scored
+    Arrived | Held | CaughtUp | Lost | Gone | AskFailed | Floor | Moved | MoveFailed | Scored
     | Tick | Drain
 )  # fmt: skip
 

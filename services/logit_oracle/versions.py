@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from services.logit_oracle.config import LogitOracleSection
-from services.logit_oracle.orders import Ask, AskFailed, Event, Gone, Held
+from services.logit_oracle.orders import Ask, AskFailed, CaughtUp, Event, Gone, Held
 from shared.runtime.context import Context
 from shared.runtime.errors import BusUnavailable
 from shared.weights.errors import MissingVersion
@@ -63,6 +63,7 @@ class Versions:
         self, manifest: Manifest, state: State, changed: frozenset[str] | None
     ) -> None:
         self._context.set_version(manifest.version)
+        self._tell(CaughtUp())
 
     async def _never_published(self, version: int) -> bool:
         try:

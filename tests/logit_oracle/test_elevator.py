@@ -7,6 +7,7 @@ from services.logit_oracle.orders import (
     Arrived,
     Ask,
     AskFailed,
+    CaughtUp,
     Drain,
     Evict,
     Floor,
@@ -43,18 +44,24 @@ def parts(job: int, *versions: int, tokens: int = 10) -> tuple[Part, ...]:
 def at_version(version: int, *others: int, **changes: float) -> Elevator:
     """An elevator that stands, verified and idle, at `version` and also holds `others`."""
     machine = elevator(**changes)
-    assert machine.handle(Held(version), 0.0) == [Move(version)]
+    assert machine.handle(Held(version), 0.0) == []
+    assert machine.handle(CaughtUp(), 0.0) == [Move(version)]
     assert machine.handle(Moved(version, verified=True), 0.0) == []
     for other in others:
         assert machine.handle(Held(other), 0.0) == []
     return machine
 
 
-def test_the_first_version_held_is_materialised_so_that_its_canary_is_known() -> None:
+def test_after_catching_up_the_newest_version_is_materialised_once() -> None:
     machine = elevator()
-    assert machine.handle(Held(3), 0.0) == [Move(3)]
+    assert machine.handle(Held(3), 0.0) == []
     assert machine.handle(Held(4), 0.0) == []
-    assert machine.handle(Moved(3, verified=True), 0.1) == []
+    assert machine.handle(CaughtUp(), 0.0) == [Move(4)]
+    assert not machine.homed
+    assert machine.handle(Moved(4, verified=True), 0.1) == []
+    assert machine.homed
+    assert machine.handle(Held(5), 0.2) == []
+    assert machine.handle(CaughtUp(), 0.2) == []
 
 
 def test_a_part_waits_for_company_until_it_is_due() -> None:
@@ -214,6 +221,7 @@ def test_a_canary_that_never_agrees_ends_as_unverified_after_bounded_retries() -
 def test_a_fetch_afresh_that_got_no_answer_stays_afresh() -> None:
     machine = elevator()
     machine.handle(Held(6), 0.0)
+    machine.handle(CaughtUp(), 0.0)
     assert machine.handle(Moved(6, verified=False), 1.0) == [Ask(6, afresh=True)]
     assert machine.handle(AskFailed(6), 2.0) == []
     assert machine.handle(Tick(), 2.5) == [Ask(6, afresh=True)]
@@ -222,7 +230,9 @@ def test_a_fetch_afresh_that_got_no_answer_stays_afresh() -> None:
 def test_a_first_version_that_stays_unverified_gives_way_to_the_next() -> None:
     machine = elevator(canary_retries=0)
     machine.handle(Held(6), 0.0)
+    assert machine.handle(CaughtUp(), 0.0) == [Move(6)]
     assert machine.handle(Moved(6, verified=False), 0.1) == []
+    assert not machine.homed
     assert machine.handle(Held(7), 0.2) == [Move(7)]
     assert machine.handle(Moved(7, verified=True), 0.3) == []
     assert machine.handle(Held(8), 0.4) == []

@@ -15,6 +15,7 @@ from services.logit_oracle.orders import (
     Arrived,
     Ask,
     AskFailed,
+    CaughtUp,
     Event,
     Evict,
     Floor,
@@ -124,6 +125,7 @@ def traffic(
     world: World, *, num_jobs: int, per_s: float, publish_s: float, spread: int
 ) -> dict[int, tuple[float, tuple[Part, ...]]]:
     """Jobs of 1 to 3 recent versions while versions are published, as in the demo."""
+    world.after(0.0, CaughtUp())
     last = int(num_jobs / per_s / publish_s) + spread + 1
     for version in range(last + 1):
         at = max(0.0, (version - spread) * publish_s)
