@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
+from services.logit_oracle.config import LogitOracleConfig
+from shared.runtime.context import Context
 from shared.runtime.service import launch
 
-from services.logit_oracle.config import LogitOracleConfig
+
+async def _serve(context: Context, config: LogitOracleConfig) -> None:
+    from services.logit_oracle.service import serve  # seconds of torch: after the config is read
+
+    await serve(context, config)
+
 
 if __name__ == "__main__":
-    from services.logit_oracle.service import serve  # torch and transformers: only to run
-
-    sys.exit(launch("logit_oracle", LogitOracleConfig, serve))
+    launch("logit_oracle", LogitOracleConfig, _serve)

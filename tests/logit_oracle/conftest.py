@@ -17,6 +17,7 @@ import torch
 from services.logit_oracle.config import LogitOracleConfig
 from services.logit_oracle.service import serve
 from shared.backends.torch_backend import TorchBackend
+from shared.runtime.bus import Bus
 from shared.runtime.context import Context
 from shared.runtime.logs import Log
 from shared.runtime.memory_bus import MemoryBus
@@ -103,8 +104,8 @@ class Rig:
     num_tickets: int = 0
     oracles: int = 0
 
-    async def open(self, keyframe_every: int = 16) -> None:
-        self.bus = MemoryBus(Subjects("test"), self.server, name="learner")
+    async def open(self, keyframe_every: int = 16, bus: Bus | None = None) -> None:
+        self.bus = bus or MemoryBus(Subjects("test"), self.server, name="learner")
         await self.bus.create_streams()
         self.backend = TorchBackend(DTYPES[self.dtype])
         self.backend.load_hf(self.model_dir)
