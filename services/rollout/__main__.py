@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 from services.rollout.config import RolloutConfig
 from shared.runtime.service import launch
 
 if __name__ == "__main__":
     from services.rollout.service import serve  # torch: only to run
 
-    sys.exit(launch("rollout", RolloutConfig, serve))
+    launch("rollout", RolloutConfig, serve)

@@ -58,7 +58,6 @@ async def serve(context: Context, config: RolloutConfig) -> None:
         await Rollout(context, config, host).run()
     finally:
         await host.close()
-        context.log.info("stopped", **context.counters)
 
 
 def make_engine(config: RolloutConfig) -> Engine:
