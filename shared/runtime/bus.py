@@ -51,7 +51,11 @@ class Job(Protocol):
     """1 on first delivery."""
 
     async def ack(self) -> None:
-        """Acknowledge and wait for the server's confirmation (bounded)."""
+        """Acknowledge and wait for the server's confirmation (bounded).
+
+        A server that was killed may have forgotten the delivery and never confirm; the job is
+        then let go, counted in `unconfirmed_acks`, and delivered again as if for the first time.
+        """
         ...
 
     async def nak(self, delay_s: float = 0.0) -> None: ...

@@ -20,7 +20,7 @@ from shared.runtime.jetstream import (
     pull_request,
     queue_config,
 )
-from shared.runtime.nats_link import Answer, Delivered, Msg, NatsLink
+from shared.runtime.nats_link import Answer, AttemptFailed, Delivered, Msg, NatsLink
 
 Request = Callable[[str, bytes], Awaitable[Answer]]
 """One request, retried within the bound of the bus."""
@@ -30,33 +30,59 @@ LATE_S = 1.0
 """How long after a pull expired its last word is waited for."""
 COMPANY_S = 0.25
 """A request that does not wait is silent only when max_ack_pending is reached."""
+SILENT_ENDS = 2
+"""Unanswered acknowledgements over a standing connection before the job is let go."""
+FORGOTTEN_S = 0.5
+"""Bound of the one attempt made when the job was delivered before a reconnect."""
 RETRY_PAUSE_S = 0.1
 
 
 class NatsJob:
     """One delivery."""
 
-    def __init__(
-        self, link: NatsLink, request: Request, record: Record, reply: str, num_delivered: int
-    ) -> None:
+    def __init__(self, link: NatsLink, record: Record, reply: str, num_delivered: int) -> None:
         self.record = record
         self.num_delivered = num_delivered
         self._link = link
-        self._request = request
         self._reply = reply
+        self._epoch = link.counters["reconnects"]
 
     async def ack(self) -> None:
-        await self._request(self._reply, b"+ACK")
+        await self._end(b"+ACK")
 
     async def nak(self, delay_s: float = 0.0) -> None:
         option = b' {"delay": %d}' % int(delay_s * NS) if delay_s > 0 else b""
         await self._link.send(self._reply, b"-NAK" + option)
 
     async def term(self) -> None:
-        await self._request(self._reply, b"+TERM")
+        await self._end(b"+TERM")
 
     async def in_progress(self) -> None:
         await self._link.send(self._reply, b"+WPI")
+
+    async def _end(self, word: bytes) -> None:
+        """Say the last word and wait for its confirmation, within the retry bound.
+
+        A killed server forgets its newest deliveries and never answers for them; it will deliver
+        the job again, as if for the first time. That is no reason to wait or to fail.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._link.retry_s
+        silent = 0
+        while silent < SILENT_ENDS:
+            await self._link.until_up(deadline)
+            forgotten = self._link.counters["reconnects"] != self._epoch
+            bound_s = min(FORGOTTEN_S, self._link.attempt_s) if forgotten else None
+            try:
+                await self._link.attempt(self._reply, word, timeout_s=bound_s)
+            except AttemptFailed:
+                if forgotten and self._link.connected:
+                    break
+                silent += self._link.connected
+                await asyncio.sleep(RETRY_PAUSE_S)
+            else:
+                return
+        self._link.counters["unconfirmed_acks"] += 1
 
 
 @dataclass(slots=True, eq=False)
@@ -203,7 +229,7 @@ class NatsWorkQueue:
             pull.ended.set()
             return
         record = Record(delivery.stream_seq, msg.subject, msg.data, delivery.stored_at)
-        job = NatsJob(self._link, self._request, record, msg.reply, delivery.num_delivered)
+        job = NatsJob(self._link, record, msg.reply, delivery.num_delivered)
         if self._closed:
             await job.nak()
             return
