@@ -110,7 +110,7 @@ def _shown(text: str) -> str:
 
 
 def _nats(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4f}"
+    return "–" if math.isnan(value) else f"{value:.4f}".replace("-", "−")
 
 
 def _ratio(log_ratio: float) -> str:

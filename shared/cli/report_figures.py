@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from shared.cli.ledger import Ledger
 from shared.cli.records import RunRecords
@@ -20,7 +20,7 @@ from shared.cli.report_data import (
     start_of,
     steps,
 )
-from shared.cli.report_style import FULL, HALF, C, age_colour, figure
+from shared.cli.report_style import FULL, HALF, C, age_colour, figure, legend_above
 
 
 def success(records: RunRecords) -> str:
@@ -31,21 +31,23 @@ def success(records: RunRecords) -> str:
         at = np.array([report.published_at - start for report in reports])
         values = series(reports, "success")
         if len(at):
-            axis.plot(at, values, ".", color=C["blue"], alpha=0.3, markersize=4, mew=0)
+            axis.plot(at, values, ".", color=C["blue"], alpha=0.5, markersize=5, mew=0)
             window = max(1, min(9, len(at) // 3))
             axis.plot(at, smoothed(values, window), color=C["blue"], linewidth=1.8)
             _version_ticks(axis, at, [report.version for report in reports])
         shown = evaluations(records)
+        last = max([*at, *(one.at_s for one in shown)])
         for one in shown:
             axis.errorbar(
                 one.at_s, one.mean, yerr=[[one.mean - one.low], [one.high - one.mean]], fmt="o",
                 color=C["ink"], markersize=5.5, capsize=3, linewidth=1.4, zorder=5,
             )  # fmt: skip
             if one.name in ("base", "final"):
-                right = one.name == "base"
+                left = one.at_s > 0.12 * last
                 axis.annotate(
-                    f"{one.name} {one.mean:.2f}", (one.at_s, one.mean), (8 if right else -8, 9),
-                    textcoords="offset points", ha="left" if right else "right", weight="bold",
+                    f"{one.name} {one.mean:.2f}", (one.at_s, one.mean), (-9 if left else 9, -5),
+                    textcoords="offset points", ha="right" if left else "left", va="center",
+                    weight="bold",
                 )  # fmt: skip
         top = max([0.5, *values[np.isfinite(values)], *(one.high for one in shown)])
         axis.set_ylim(-0.09 * top, top * 1.12)
@@ -82,32 +84,43 @@ def k3_curves(curve: K3ByAge) -> str:
     return sheet.svg
 
 
-def scatter(records: RunRecords, region: Regions, limit: int = 1600) -> str:
-    """(log D, log S) of sampled loss tokens and what mask and clip accept."""
+def scatter(records: RunRecords, region: Regions, limit: int = 1200) -> str:
+    """(log D, log S) of loss tokens: inside what mask and clip accept, and the cloud alone."""
     points = pooled(steps(records), "scatter").reshape(-1, 3)
     if len(points) > limit:
         points = points[np.random.default_rng(0).choice(len(points), limit, replace=False)]
-    with figure(HALF + 0.6, 4.2) as sheet:
-        axis = sheet.axes[0]
-        x_limit = _extent(points[:, 0], region.mask)
-        y_limit = _extent(points[:, 1], region.clip)
-        _draw_regions(axis, region, x_limit, y_limit)
-        ages = points[:, 2].astype(int)
-        for age in np.unique(ages):
-            chosen = points[ages == age]
-            axis.plot(
-                chosen[:, 0], chosen[:, 1], ".", color=age_colour(int(age)), markersize=4,
-                mew=0, alpha=0.55, label=f"age {age}",
-            )  # fmt: skip
-        axis.set_xlim(*x_limit)
-        axis.set_ylim(*y_limit)
-        axis.axhline(0, color=C["line"], linewidth=1)
-        axis.axvline(0, color=C["line"], linewidth=1)
-        axis.set_xlabel("log D = old − sampler: two engines, one version")
-        axis.set_ylabel("log S = current − old: two versions, one engine")
-        sheet.figure.legend(
-            loc="outside upper left", ncols=6, frameon=False, markerscale=2.5, handletextpad=0.1,
-            columnspacing=1.2, labelcolor=C["muted"],
+    reach = [max(1e-3, 1.25 * float(np.quantile(np.abs(points[:, i]), 0.995))) for i in (0, 1)]
+    with figure(FULL, 4.0, columns=2) as sheet:
+        whole, near = sheet.axes
+        for axis in (whole, near):
+            _draw_regions(axis, region)
+            axis.axhline(0, color=C["line"], linewidth=1)
+            axis.axvline(0, color=C["line"], linewidth=1)
+            for age in np.unique(points[:, 2]).astype(int):
+                chosen = points[points[:, 2] == age]
+                axis.plot(
+                    chosen[:, 0], chosen[:, 1], ".", color=age_colour(age), alpha=0.6, mew=0,
+                    markersize=2.5 if axis is whole else 4.5,
+                    label=f"age {age}" if axis is near else None,
+                )  # fmt: skip
+            axis.set_xlabel("log D = old − sampler: two engines, one version")
+        left, right = region.mask or (-reach[0], reach[0])
+        low, high = region.clip
+        whole.set_xlim(min(1.2 * left, -reach[0]), max(1.2 * right, reach[0]))
+        whole.set_ylim(min(1.3 * low, -reach[1]), max(1.3 * high, reach[1]))
+        near.set_xlim(-reach[0], reach[0])
+        near.set_ylim(-reach[1], reach[1])
+        whole.add_patch(
+            Rectangle(
+                (-reach[0], -reach[1]), 2 * reach[0], 2 * reach[1], fill=False,
+                edgecolor=C["muted"], linewidth=1, zorder=6,
+            )
+        )  # fmt: skip
+        whole.set_ylabel("log S = current − old: two versions, one engine")
+        whole.set_title("what is kept; the grey frame is enlarged beside")
+        near.legend(
+            loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, frameon=False, markerscale=2.2,
+            handletextpad=0.0, columnspacing=1.0, borderpad=0.0, labelcolor=C["muted"],
         )  # fmt: skip
     return sheet.svg
 
@@ -122,8 +135,8 @@ def staleness(ledger: Ledger, bound: int) -> str:
             share = ledger.age_tokens.get(age, 0) / tokens
             axis.bar(age, share, width=0.72, color=age_colour(age))
             axis.annotate(
-                f"{share:.1%}", (age, share), (0, 3), textcoords="offset points", ha="center",
-                color=C["muted"], fontsize=8,
+                f"{share:.1%}" if share else "none", (age, share), (0, 3),
+                textcoords="offset points", ha="center", color=C["muted"], fontsize=8,
             )  # fmt: skip
         axis.axvline(bound + 0.5, color=C["red"], linewidth=1.6)
         axis.annotate(
@@ -134,6 +147,7 @@ def staleness(ledger: Ledger, bound: int) -> str:
         axis.margins(y=0.16)
         axis.set_xticks(list(ages))
         axis.set_xlabel("versions between sampling and training")
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.set_ylabel("share of trained tokens")
     return sheet.svg
 
@@ -148,7 +162,9 @@ def lengths(records: RunRecords) -> str:
     with figure(HALF, 2.8) as sheet:
         axis = sheet.axes[0]
         longest = max(int(values.max()) for _, values, *_ in rows if len(values))
-        edges = np.arange(0, longest + 2) if longest < 60 else np.linspace(0, longest + 1, 40)
+        shortest = min(int(values.min()) for _, values, *_ in rows if len(values))
+        stride = 1 + (longest - shortest) // 60
+        edges = np.arange(shortest - 1, longest + stride + 2, stride)
         for name, values, colour, filled in rows:
             if not len(values):
                 continue
@@ -157,15 +173,14 @@ def lengths(records: RunRecords) -> str:
                 density, edges - 0.5, color=colour, fill=filled, alpha=0.3 if filled else 1.0,
                 linewidth=1.8, label=f"{name}: {len(values):,}, mean {values.mean():.1f}",
             )  # fmt: skip
-        axis.legend(frameon=False, labelcolor=C["muted"], loc="best")
+        legend_above(axis)
         axis.set_xlabel("sampled tokens per trajectory")
-        axis.set_ylabel("share")
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.set_ylabel("share of trajectories")
     return sheet.svg
 
 
-def _draw_regions(
-    axis: Axes, region: Regions, x_limit: tuple[float, float], y_limit: tuple[float, float]
-) -> None:
+def _draw_regions(axis: Axes, region: Regions) -> None:
     left, right = region.mask or (-50.0, 50.0)
     low, high = region.clip
     axis.add_patch(
@@ -190,15 +205,6 @@ def _draw_regions(
     )  # fmt: skip
 
 
-def _extent(values: F8, bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """Frame the data, and a bound too where it is near enough to be seen beside them."""
-    reach = float(np.quantile(np.abs(values), 0.995)) * 1.3 if len(values) else 0.0
-    reach = max(reach, 1e-3)
-    near = [abs(bound) for bound in bounds or () if abs(bound) < 8 * reach]
-    reach = max([reach, *(1.15 * bound for bound in near)])
-    return -reach, reach
-
-
 def _version_ticks(axis: Axes, at: F8, versions: list[int]) -> None:
     transform = axis.get_xaxis_transform()
     axis.vlines(at, 0.0, 0.025, transform=transform, color=C["muted"], linewidth=0.8, clip_on=False)
@@ -217,4 +223,7 @@ def _mark_kills(axis: Axes, records: RunRecords, label_at: float) -> None:
     for kill in records.facts.get("kills") or ():
         x = float(kill["at"]) - start
         axis.axvline(x, color=C["red"], linewidth=1.4, linestyle=(0, (3, 2)))
-        axis.text(x, label_at, f" kill −9 {kill['pod']}", color=C["red"], va="center")
+        axis.annotate(
+            f"kill −9 {kill['pod']}", (x, label_at), (5, 0), textcoords="offset points",
+            color=C["red"], va="center",
+        )  # fmt: skip

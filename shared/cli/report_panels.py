@@ -31,6 +31,12 @@ _BOOKS = (
     ("trained", "blue"), ("dropped", "amber"), ("failed", "violet"), ("unfinished", "muted"),
     ("lost", "red"),
 )  # fmt: skip
+_COUNTERS = {
+    "learner": ("versions", "trained_trajectories", "trained_tokens"),
+    "rollout": ("sampled_tokens", "tokens_sampled", "prefill_tokens", "swaps", "interrupted_turns"),
+    "env_agents": ("episodes", "env_steps", "failed_episodes", "resumed_turns", "sample_retries"),
+    "logit_oracle": ("trajectories", "scored_tokens", "moves", "canary_checks"),
+}
 _VERSION_COLOURS = ("blue", "amber", "violet", "green", "red")
 
 
@@ -39,7 +45,7 @@ def header(records: RunRecords, s: dict[str, Any]) -> Context:
     kills = len(records.facts.get("kills") or ())
     wall = s.get("wall_s")
     parts = [f"{_seconds(wall)} on one machine" if wall else ""]
-    parts += [f"{kills} kill −9, {s['restarts']} restarts" if kills or s["restarts"] else ""]
+    parts += [_count(kills, "kill −9"), _count(s["restarts"], "restart", "restarts")]
     parts += [f"installation {_seconds(s['install_s'])} apart" if s.get("install_s") else ""]
     audited = s["audited_tokens"]
     tiles = [
@@ -104,24 +110,25 @@ def corrections(records: RunRecords) -> Context:
         ("clipped, advantage < 0", "clip_low_ratio"),
     ]
     fractions = [
-        (name, f"{np.nanmean(values):.2%}")
+        f"{np.nanmean(values):.2%} {name}"
         for name, key in shown
         if np.isfinite(values := series(reports, key)).any()
     ]
     mask = region.mask
+    mask_text = f"{np.exp(mask[0]):.3g} ≤ D ≤ {np.exp(mask[1]):.3g}" if mask else "any D"
     return {
         "k3_reading": curve.reading if curve else "",
         "region": region,
         "strip": mask is not None,
-        "mask_text": f"{np.exp(mask[0]):.2g} ≤ D ≤ {np.exp(mask[1]):.2g}"
-        if mask
-        else "rejects none",
-        "clip_text": f"{np.exp(region.clip[0]):.2g} ≤ S ≤ {np.exp(region.clip[1]):.2g}",
-        "fractions": fractions,
+        "mask_text": mask_text,
+        "clip_text": f"{np.exp(region.clip[0]):.3g} ≤ S ≤ {np.exp(region.clip[1]):.3g}",
+        "strip_text": mask_text.replace("D", "D·S"),
+        "fractions": f"Of loss tokens, {', '.join(fractions)}." if fractions else "",
         "scatter_reading": (
             "With exact old logits the mask bounds only the discrepancy D between two engines and "
-            "the clip only the staleness S between two versions: a rectangle. Without them both "
-            "act on D·S, the diagonal strip, and a stale token is rejected as if it were noise."
+            "the clip only the staleness S between two versions: a rectangle. Without them the "
+            "mask sees D·S, the diagonal strip, so that a stale token is rejected as if it were "
+            "noise, while the clip starts from S = 1 at every step and holds nothing back."
         ),
     }
 
@@ -318,16 +325,11 @@ def _success_reading(records: RunRecords, s: dict[str, Any]) -> str:
 
 
 def _did(own: list[Life]) -> str:
-    """The largest counters of a process, in words."""
-    totals: dict[str, float] = {}
-    for life in own:
-        for name in life.leases[-1].counters:
-            totals[name] = totals.get(name, 0.0) + life.counted(name)
-    shown = sorted(
-        (row for row in totals.items() if row[1] > 0 and not row[0].endswith(("_s", "_bytes"))),
-        key=lambda row: -row[1],
-    )[:4]
-    return ", ".join(f"{count:,.0f} {name.replace('_', ' ')}" for name, count in shown)
+    """What a process counted, in words; the rest stays in `leases.bin`."""
+    sums = {
+        name: sum(life.counted(name) for life in own) for name in _COUNTERS.get(own[0].role, ())
+    }
+    return ", ".join(f"{n:,.0f} {name.replace('_', ' ')}" for name, n in sums.items() if n)
 
 
 def _arrow(base: float | None, final: float | None) -> str:
@@ -339,6 +341,10 @@ def _arrow(base: float | None, final: float | None) -> str:
 def _percent(ratio: float) -> str:
     # 100 % only when it is: 0.99996 must not round up to it.
     return "100 %" if ratio == 1.0 else f"{min(100 * ratio, 99.99):.2f} %"
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one}" if number else ""
 
 
 def _seconds(value: float) -> str:

@@ -101,6 +101,18 @@ def age_colour(age: int) -> str:
     return C[f"age{min(max(age, 0), 5)}"]
 
 
+def legend_above(axis: Axes, columns: int = 2) -> None:
+    """Name the curves above the axis, where they cover nothing."""
+    axis.legend(
+        frameon=False,
+        labelcolor=C["muted"],
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=columns,
+        borderpad=0.0,
+    )
+
+
 def css_variables() -> str:
     """Return the palette as CSS, for both colour schemes."""
     light = "".join(f"--{name}:{value[0]};" for name, value in PALETTE.items())

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from shared.cli.records import RunRecords
 from shared.cli.report_data import start_of, steps
-from shared.cli.report_style import FULL, HALF, C, figure
+from shared.cli.report_style import FULL, HALF, C, figure, legend_above
 from shared.cli.time_use import ROLE_ORDER, BusyGrid, Life
 
 ROLE_COLOURS: dict[str, str] = dict(
@@ -60,7 +60,7 @@ def _draw_steps(axis: Axes, records: RunRecords, start: float, row: int) -> None
     training = [(r.started_at - start, r.trained_at - r.started_at) for r in reports]
     publishing = [(r.trained_at - start, max(0.0, r.published_at - r.trained_at)) for r in reports]
     axis.broken_barh(training, (row - 0.35, 0.7), facecolors=C["blue"], linewidth=0)
-    axis.broken_barh(publishing, (row - 0.35, 0.7), facecolors=C["red"], linewidth=0)
+    axis.broken_barh(publishing, (row - 0.35, 0.7), facecolors=C["ink"], linewidth=0)
 
 
 def _runs(flags: np.ndarray, edges: np.ndarray) -> list[tuple[float, float]]:
@@ -73,6 +73,8 @@ def _runs(flags: np.ndarray, edges: np.ndarray) -> list[tuple[float, float]]:
 def weight_bytes(records: RunRecords) -> str:
     """Bytes of every published version: delta and keyframe."""
     manifests = [records.manifests[version] for version in sorted(records.manifests)]
+    largest = max(a.num_bytes for m in manifests for a in (m.delta, m.keyframe) if a is not None)
+    unit, size = ("MB", 1e6) if largest >= 2e6 else ("kB", 1e3)
     with figure(HALF, 2.6) as sheet:
         axis = sheet.axes[0]
         rows = (
@@ -80,15 +82,15 @@ def weight_bytes(records: RunRecords) -> str:
             ("delta", C["blue"], [(m.version, m.delta) for m in manifests]),
         )
         for name, colour, artefacts in rows:
-            kept = [(version, a.num_bytes / 1e3) for version, a in artefacts if a is not None]
+            kept = [(version, a.num_bytes / size) for version, a in artefacts if a is not None]
             if kept:
-                versions, kilobytes = zip(*kept, strict=True)
-                axis.vlines(versions, 0, kilobytes, color=colour, alpha=0.35, linewidth=1.2)
-                axis.plot(versions, kilobytes, ".", color=colour, markersize=5, label=name)
+                versions, amounts = zip(*kept, strict=True)
+                axis.vlines(versions, 0, amounts, color=colour, alpha=0.35, linewidth=1.2)
+                axis.plot(versions, amounts, ".", color=colour, markersize=5, label=name)
         axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, labelcolor=C["muted"], loc="lower right")
+        legend_above(axis)
         axis.set_xlabel("version")
-        axis.set_ylabel("published, kB")
+        axis.set_ylabel(f"published, {unit}")
     return sheet.svg
 
 
@@ -100,12 +102,12 @@ def publish_seconds(records: RunRecords) -> str:
         versions = [r.version for r in reports]
         rows = (
             ("optimizer step", C["blue"], [r.trained_at - r.started_at for r in reports]),
-            ("publication", C["red"], [r.published_at - r.trained_at for r in reports]),
+            ("publication", C["amber"], [r.published_at - r.trained_at for r in reports]),
         )
         for name, colour, seconds in rows:
             axis.plot(versions, seconds, color=colour, linewidth=1.5, label=name)
         axis.set_ylim(bottom=0)
-        axis.legend(frameon=False, labelcolor=C["muted"], loc="best", ncols=2)
+        legend_above(axis)
         axis.set_xlabel("version")
         axis.set_ylabel("seconds")
     return sheet.svg

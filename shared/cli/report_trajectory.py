@@ -99,7 +99,7 @@ def _candidates(records: RunRecords, ledger: Ledger) -> Iterator[tuple[Batch, Me
 
 
 def _rank(records: RunRecords, member: Member) -> tuple[float, ...]:
-    """A switch inside a turn, two versions, a reward, a signal, few tokens: in this order."""
+    """Rank: two versions, a switch inside a turn, a reward, tokens on both sides, short."""
     try:
         outcome = records.terminal(member.terminal_seq).outcome
     except WireError:
@@ -107,14 +107,14 @@ def _rank(records: RunRecords, member: Member) -> tuple[float, ...]:
     if not isinstance(outcome, Trajectory):
         return (-1.0,)
     sequence = outcome.sequences[0]
-    versions = {span.version for span in sequence.spans}
+    counts = [count for _, count in records.terminals[member.terminal_seq].version_tokens]
     return (
         float(len(outcome.sequences) == 1),
-        float(len(versions) > 1),
+        float(len(counts) > 1),
         float(_switches_inside_turn(sequence)),
         float(outcome.reward > 0),
-        float(member.advantage != 0),
-        -float(len(sequence.token_ids.numpy())),
+        float(min(counts) >= 5),
+        -abs(sum(counts) - 24.0),
     )
 
 

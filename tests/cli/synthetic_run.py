@@ -370,6 +370,7 @@ def _step_report(run: SyntheticRun, version: int) -> StepReport:
         "staleness_mean": 1.8, "staleness_max": 4.0, "loss": 0.01, "grad_norm": 0.5, "lr": 1e-3,
         "entropy": 0.6, "loss_tokens": 600.0, "exact_tokens": 600.0, "tokens_trained": 600.0,
         "k3_d": 2e-4, "k3_s": 8e-3, "wait_s": 0.1, "train_s": 0.35, "publish_s": 0.05,
+        "rejected_ratio": 0.0004, "clip_high_ratio": 0.013, "clip_low_ratio": 0.009,
         "publish_bytes": 420_000.0 if version % 16 else 840_000.0, "checkpoint_s": 0.02,
         "outstanding_groups": 60.0, "ready_groups": 6.0, "optimizer_steps": 2.0 * version,
     }  # fmt: skip
@@ -386,8 +387,8 @@ def _step_report(run: SyntheticRun, version: int) -> StepReport:
         "trained_lengths": Array.of(rng.integers(12, 32, 40), "i4"),
     }
     return StepReport(
-        version=version, started_at=started, trained_at=started + 0.4,
-        published_at=started + 0.45, scalars=scalars, arrays=arrays,
+        version=version, started_at=started, trained_at=started + 0.36 + 0.05 * rng.random(),
+        published_at=started + 0.43 + 0.03 * rng.random(), scalars=scalars, arrays=arrays,
     )  # fmt: skip
 
 
@@ -409,7 +410,9 @@ def _lease_all(run: SyntheticRun, rng: np.random.Generator) -> None:
                         "interrupted_turns": busy // 3, "prefill_tokens": busy * 900,
                         "prefix_hit_tokens": busy * 8000, "moves": busy * 2,
                         "scored_tokens": busy * 9000, "forward_tokens": busy * 30000,
-                        "trajectories": busy * 300, "canary_checks": busy}  # fmt: skip
+                        "trajectories": busy * 300, "canary_checks": busy, "versions": busy,
+                        "trained_trajectories": busy * 200, "trained_tokens": busy * 5000,
+                        "episodes": busy * 160, "env_steps": busy * 900}  # fmt: skip
             run.leases.append(
                 Lease(role=role, pod=pod, incarnation=incarnation, pid=1, sent_at=T0 + at,
                       ready=True, busy_s=busy, counters=counters)
@@ -461,8 +464,9 @@ def _manifest(version: int, weights: dict[str, np.ndarray]) -> Manifest:
         sha256.update(f"{name} F32 {shape}\n".encode() + weights[name].tobytes())
     return Manifest(
         version=version, parent=version - 1 if version else None, upload_id=f"u{version}",
-        delta=None, digest=_digest(weights), sha256=sha256.hexdigest(),
-        keyframe=Artefact(kind="keyframe", upload_id="u", num_chunks=1, num_bytes=9, digest=""),
+        digest=_digest(weights), sha256=sha256.hexdigest(),
+        keyframe=_artefact("keyframe", 847_872) if version % 16 == 0 else None,
+        delta=_artefact("delta", 421_000 + 977 * (version * 7919 % 61)) if version else None,
         tensors=tuple(
             TensorSpec(name=n, dtype="F32", shape=w.shape, digest="0" * 16)
             for n, w in sorted(weights.items())
@@ -471,6 +475,10 @@ def _manifest(version: int, weights: dict[str, np.ndarray]) -> Manifest:
                       tolerance=1e-4),
         optimizer_steps=2 * version, published_at=T0 + 1.5 + version * STEP_S, producer="learner-0",
     )  # fmt: skip
+
+
+def _artefact(kind: Any, num_bytes: int) -> Artefact:
+    return Artefact(kind=kind, upload_id="u", num_chunks=1, num_bytes=num_bytes, digest="")
 
 
 def _write_model(directory: Path) -> None:
