@@ -27,7 +27,7 @@ class LogitOracleSection(Section):
     """One wait for trajectories; also the longest delay before a stop is seen."""
     fetch_linger_s: float = Field(default=0.02, ge=0)
     """Pause between fetches, so that trajectories that finish together share one."""
-    ack_wait_s: float = Field(default=30.0, gt=0)
+    ack_wait_s: float = Field(default=10.0, gt=0)
     """A trajectory whose oracle says nothing for so long is delivered to another."""
     max_ack_pending: int = Field(default=16384, gt=0)
     """Trajectories held over all oracles; at least the admission bound."""

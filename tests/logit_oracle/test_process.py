@@ -19,6 +19,8 @@ from shared.wire.subjects import Subjects
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]  # imports torch in fresh processes
+
 
 @pytest.fixture
 async def bus(tmp_path: Path) -> AsyncIterator[tuple[str, NatsBus]]:
@@ -45,7 +47,7 @@ def start_oracle(url: str, model: Path, *overrides: str) -> subprocess.Popen[byt
 
 
 async def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    _, errors = await asyncio.to_thread(process.communicate, None, 30)
+    _, errors = await asyncio.to_thread(process.communicate, None, 90)
     return process.returncode, errors.decode()
 
 
@@ -62,7 +64,7 @@ async def test_a_killed_oracle_loses_nothing_and_a_stopped_one_exits_cleanly(
         queue = await link.work_queue(
             "terminals", "logit_oracle", ack_wait_s=2, max_ack_pending=16384
         )
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(90):
             while await queue.pending() != (0, 1):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
     finally:
@@ -71,7 +73,7 @@ async def test_a_killed_oracle_loses_nothing_and_a_stopped_one_exits_cleanly(
     assert await link.last(link.subjects.score(held.ticket_id)) is None
     second = start_oracle(url, rig.model_dir, *shared)
     try:
-        score = await rig.score(held, timeout_s=40)
+        score = await rig.score(held, timeout_s=90)
         assert [v.status for v in score.sequences[0].versions] == ["exact", "exact"]
         second.send_signal(signal.SIGTERM)
         code, errors = await ended(second)
