@@ -67,7 +67,8 @@ def _up(arguments: argparse.Namespace) -> int:
     elif finished.code:
         sys.stderr.write(f"lagwise: the run stopped: {finished.reason}\n")
     else:
-        conclude(run_dir, facts, audited_tokens=arguments.audit, out=sys.stdout)
+        summary = conclude(run_dir, facts, audited_tokens=arguments.audit, out=sys.stdout)
+        return 0 if summary["sound"] else 1
     return finished.code
 
 

@@ -19,6 +19,11 @@ STOP_STAGES: tuple[tuple[ChildRole, ...], ...] = (
 )  # fmt: skip
 """Whoever produces work stops first; the recorder reads to the end; the bus goes last."""
 
+DONE_STAGES: tuple[tuple[ChildRole, ...], ...] = (
+    ("env_agents", "rollout", "logit_oracle"), ("recorder",), ("nats",),
+)  # fmt: skip
+"""When the learner has finished, nobody waits for the services' work any more."""
+
 NOT_RESTARTED = {2: "bad configuration", 3: "fenced"}
 
 
@@ -135,6 +140,7 @@ class Supervision:
     def __init__(self, children: Sequence[Child], policy: Policy | None = None) -> None:
         self._policy = policy or Policy()
         self._states = {child.pod: _State(child) for child in children}
+        self._stages = STOP_STAGES
         self._stage: int | None = None
         self._stage_deadline: float | None = None
         self._outcome = Finished(1, "unknown")
@@ -189,6 +195,7 @@ class Supervision:
             needed = state.child.role in ("nats", "recorder")
             return [self._plan_restart(state, event)] if needed else []
         if state.child.role == "learner" and event.code == 0 and event.done:
+            self._stages = DONE_STAGES
             return self._stop(event.at, Finished(0, "done"))
         if event.code in NOT_RESTARTED:
             why = event.detail or NOT_RESTARTED[event.code]
@@ -230,7 +237,7 @@ class Supervision:
         assert self._stage is not None
         actions: list[Action] = []
         while not self._running_in_stage():
-            if self._stage + 1 == len(STOP_STAGES):
+            if self._stage + 1 == len(self._stages):
                 return [*actions, self._finish()]
             self._stage += 1
             for state in self._in_stage():
@@ -239,13 +246,13 @@ class Supervision:
             actions += [Signal(pod, "term") for pod in running]
             bounds = [
                 self._policy.stop_bounds_s.get(role, self._policy.stop_bound_s)
-                for role in STOP_STAGES[self._stage]
+                for role in self._stages[self._stage]
             ]
             self._stage_deadline = at + max(bounds) if running else None
         return actions
 
     def _kill_everything(self) -> list[Action]:
-        self._stage = len(STOP_STAGES) - 1
+        self._stages, self._stage = STOP_STAGES, len(STOP_STAGES) - 1
         self._stage_deadline = None
         self._outcome = Finished(130, "interrupted twice: killed")
         for state in self._states.values():
@@ -260,7 +267,7 @@ class Supervision:
 
     def _reached(self, role: ChildRole) -> bool:
         assert self._stage is not None
-        return any(role in roles for roles in STOP_STAGES[: self._stage + 1])
+        return any(role in roles for roles in self._stages[: self._stage + 1])
 
     def _in_stage(self) -> list[_State]:
         """Children of the current stage and of those before it."""

@@ -92,12 +92,20 @@ ORDERLY: list[Action] = [
     Signal("recorder", "term"),
     Signal("nats", "term"),
 ]
+AT_ONCE: list[Action] = [
+    Signal("rollout-0", "term"),
+    Signal("rollout-1", "term"),
+    Signal("env-agents-0", "term"),
+    Signal("logit-oracle-0", "term"),
+]
+AT_THE_END: list[Action] = [*AT_ONCE, *ORDERLY[4:], Finished(0, "done")]
 
 
 def test_the_run_ends_when_the_learner_exits_zero_and_the_recorder_reads_to_the_end() -> None:
     supervision = begun()
     first = supervision.handle(exited("learner-0", 0, 50.0))
-    assert stop_everything(supervision, first, 50.0) == [*ORDERLY, Finished(0, "done")]
+    assert first == AT_ONCE
+    assert stop_everything(supervision, first, 50.0) == AT_THE_END
     assert supervision.restarts["learner"] == 0
 
 
@@ -139,6 +147,7 @@ def test_a_child_that_keeps_dying_stops_the_run_with_the_reason() -> None:
 
 def test_whoever_ignores_sigterm_is_killed_after_its_bound() -> None:
     supervision = begun(Policy(stop_bound_s=3.0))
+    supervision.handle(StopAsked(9.0, "interrupted"))
     assert supervision.handle(exited("learner-0", 0, 10.0)) == [Signal("env-agents-0", "term")]
     assert supervision.wake_at() == 13.0
     assert supervision.handle(Tick(12.9)) == []
@@ -168,5 +177,7 @@ def test_a_child_waiting_for_its_restart_does_not_hold_up_the_end() -> None:
     supervision = begun()
     supervision.handle(exited("env-agents-0", -9, 0.9))
     first = supervision.handle(exited("learner-0", 0, 1.0))
-    assert stop_everything(supervision, first, 1.0) == [*ORDERLY[1:], Finished(0, "done")]
+    assert stop_everything(supervision, first, 1.0) == [
+        action for action in AT_THE_END if action != Signal("env-agents-0", "term")
+    ]
     assert supervision.handle(Tick(99.0)) == []

