@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -41,6 +42,7 @@ class RunningServer:
     def freeze(self) -> None:
         """SIGSTOP: connections stay open, nothing answers."""
         self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # it has stopped, not only been told to
 
     def thaw(self) -> None:
         self._process.send_signal(signal.SIGCONT)

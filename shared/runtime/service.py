@@ -62,15 +62,14 @@ def launch(
     options = parse_options(role, sys.argv[1:] if argv is None else argv)
     pod = options.pod or f"{role}-{uuid.uuid4().hex[:6]}"
     log = Log(role, pod)
-    code = EXIT_CLEAN
     try:
         config = _load(options, config_model, pod, log)
-        uvloop.run(_run(role, pod, config, serve, log))
+        code = uvloop.run(_guarded(role, pod, config, serve, log))
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    except BaseException as error:  # noqa: BLE001 - the shell: every end gets its line and code
+    except ConfigError as error:
         code = _report(role, error, log)
-    _leave(code)
+    sys.exit(code)
 
 
 def exit_code(error: BaseException) -> int:
@@ -105,6 +104,20 @@ def line_of(error: BaseException) -> str:
         return " ".join(str(error).split())
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:500]
+
+
+async def _guarded(role: Role, pod: str, config: C, serve: Serve[C], log: Log) -> int:
+    """Serve; return the exit code, with the process's end already certain."""
+    try:
+        await _run(role, pod, config, serve, log)
+    except asyncio.CancelledError:
+        raise  # Ctrl-C before the service took over the signals
+    except BaseException as error:  # noqa: BLE001 - the shell: every end gets its line and code
+        code = _report(role, error, log)
+    else:
+        code = EXIT_CLEAN
+    _leave_for_certain(code)
+    return code
 
 
 async def _run(role: Role, pod: str, config: C, serve: Serve[C], log: Log) -> None:
@@ -243,10 +256,8 @@ def _report(role: str, error: BaseException, log: Log) -> int:
     return exit_code(cause)
 
 
-def _leave(code: int) -> NoReturn:
-    """Exit; a thread that hangs (a user's environment) does not keep the process."""
-    sys.stderr.flush()
+def _leave_for_certain(code: int) -> None:
+    """Cut the process off should it not end: a hung thread (a user's environment) keeps Python."""
     last_resort = threading.Timer(LEAVE_S, os._exit, args=(code,))
     last_resort.daemon = True
     last_resort.start()
-    sys.exit(code)
