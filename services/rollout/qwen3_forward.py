@@ -1,11 +1,12 @@
 """The Qwen3 forward over a slotted KV cache, in plain torch.
 
-One call forwards the new tokens of many rows, packed without padding; only attention sees rows,
-padded inside groups of rows with a similar number of new tokens.
+One call forwards the new tokens of many rows, packed; only attention sees rows, padded inside
+groups of rows with a similar number of new tokens. All sizes are rounded up, so that few distinct
+shapes occur: bfloat16 kernels are compiled per shape, which costs more than five calls of one.
 
 Shapes: T new tokens of all rows, R rows of a group, Q most new tokens of a row in the group,
 L longest live length in the group, S slots, C context, H hidden, N heads, K key-value heads,
-G = N / K, D head size, F intermediate, V vocabulary, X rows whose next token is wanted.
+D head size, V vocabulary, X rows whose next token is wanted. T, R, Q and L are rounded up.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from services.rollout.qwen3_config import Qwen3Config
 from services.rollout.qwen3_weights import DeviceWeights, LayerWeights
 
 Ints = npt.NDArray[np.int64]
+
+_TOKENS, _ROWS, _LENGTHS = 32, 16, 32
+"""T (and Q above one), R (and X) and L are rounded up to multiples of these."""
+_FEW_QUERIES = 8
+"""Q of a group of short extensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +46,23 @@ class _Attention:
     """What attention needs of a group, the same for every layer."""
 
     slots_R: torch.Tensor
-    first: int
-    """Packed index of the group's first token."""
-    num_tokens: int
     num_queries: int
     length: int
     mask: torch.Tensor
     """[R, 1, Q, 1, L]: 0 where the key is at or before the query, -inf elsewhere."""
-    pad_RQ: torch.Tensor | None
-    """Packed index, within the group, per padded query; None when nothing is padded."""
-    unpad_T: torch.Tensor | None
+    pad_RQ: torch.Tensor
+    """Packed index of the token behind every padded query."""
+    unpad: torch.Tensor
+    """Padded query of each of the group's tokens, in packed order."""
 
 
 class KvCache:
-    """Keys and values of all slots; a row owns one slot."""
+    """Keys and values of all slots, and of one more for what is only padding."""
 
     def __init__(self, config: Qwen3Config, slots: int, context: int, dtype: torch.dtype) -> None:
-        shape = (slots, config.num_kv_heads, context, config.head_dim)
+        shape = (slots + 1, config.num_kv_heads, context, config.head_dim)
         self.context = context
+        self.spare_slot = slots
         self.keys = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype) for _ in range(config.num_layers)]
 
@@ -89,9 +94,14 @@ class Qwen3Forward:
             wanted_X: packed indices of the tokens whose successor is to be sampled.
         """
         config, weights = self._config, self._weights
+        num_tokens, num_wanted = len(token_ids_T), len(wanted_X)
+        size = _rounded(num_tokens, _TOKENS)
+        token_ids_T = _padded(token_ids_T, size)
+        wanted_X = _padded(wanted_X, _rounded(num_wanted, _ROWS))
         slots_T = np.concatenate([np.repeat(g.slots_R, g.counts_R) for g in groups])
-        positions_T = np.concatenate([_positions(g) for g in groups])
-        attentions = _attentions(groups, weights.dtype)
+        slots_T = _padded(slots_T, size, self._cache.spare_slot)
+        positions_T = _padded(np.concatenate([_positions(g) for g in groups]), size)
+        attentions = self._attentions(groups)
         heads = np.arange(config.num_kv_heads)
         cells = (slots_T[:, None] * config.num_kv_heads + heads) * self._cache.context
         cells_TK = torch.from_numpy((cells + positions_T[:, None]).reshape(-1))
@@ -111,7 +121,7 @@ class Qwen3Forward:
             x_TH = x_TH + F.linear(F.silu(gate).mul_(up), layer.down)
         x_XH = x_TH.index_select(0, torch.from_numpy(wanted_X))
         normed = F.rms_norm(x_XH, (config.hidden_size,), weights.final_norm_H, config.rms_norm_eps)
-        logits_XV = F.linear(normed, weights.head_VH)
+        logits_XV = F.linear(normed, weights.head_VH)[:num_wanted]
         return logits_XV if weights.dtype == torch.float64 else logits_XV.float()
 
     def _attend(
@@ -135,21 +145,18 @@ class Qwen3Forward:
         keys, values = self._cache.keys[index], self._cache.values[index]
         keys.view(-1, size).index_copy_(0, cells_TK, k_TKD.reshape(-1, size))
         values.view(-1, size).index_copy_(0, cells_TK, v.reshape(-1, size))
-        mixed = [
-            self._attend_group(group, q_TND[group.first : group.first + group.num_tokens], index)
-            for group in attentions
-        ]
-        return F.linear(torch.cat(mixed) if len(mixed) > 1 else mixed[0], layer.out)
+        mixed = [self._attend_group(group, q_TND, index) for group in attentions]
+        missing = len(x_TH) - sum(len(part) for part in mixed)
+        mixed.append(x_TH.new_zeros(missing, num_heads * size))
+        return F.linear(torch.cat(mixed), layer.out)
 
     def _attend_group(self, group: _Attention, q_TND: torch.Tensor, index: int) -> torch.Tensor:
-        """Return the attention's output of one group [T, N D]."""
+        """Return the attention's output for the tokens of one group, each [N D]."""
         config = self._config
         num_kv, per_kv, size = config.num_kv_heads, config.queries_per_kv, config.head_dim
         rows, queries, length = len(group.slots_R), group.num_queries, group.length
-        if group.pad_RQ is not None:
-            q_TND = q_TND.index_select(0, group.pad_RQ)
-        q = q_TND.view(rows, queries, num_kv, per_kv, size).transpose(1, 2)
-        q = q.reshape(rows * num_kv, queries * per_kv, size)
+        q = q_TND.index_select(0, group.pad_RQ).view(rows, queries, num_kv, per_kv, size)
+        q = q.transpose(1, 2).reshape(rows * num_kv, queries * per_kv, size)
         keys = self._cache.keys[index][:, :, :length].index_select(0, group.slots_R)
         values = self._cache.values[index][:, :, :length].index_select(0, group.slots_R)
         scores = torch.bmm(q, keys.view(-1, length, size).transpose(1, 2))
@@ -159,8 +166,44 @@ class Qwen3Forward:
         shares = torch.softmax(scores, -1, dtype=high).to(scores.dtype)
         mixed = torch.bmm(shares, values.view(-1, length, size))
         mixed = mixed.view(rows, num_kv, queries, per_kv * size).transpose(1, 2)
-        mixed = mixed.reshape(rows * queries, -1)
-        return mixed if group.unpad_T is None else mixed.index_select(0, group.unpad_T)
+        return mixed.reshape(rows * queries, -1).index_select(0, group.unpad)
+
+    def _attentions(self, groups: Sequence[RowGroup]) -> list[_Attention]:
+        attentions: list[_Attention] = []
+        first = 0
+        for group in groups:
+            attentions.append(self._attention(group, first))
+            first += int(group.counts_R.sum())
+        return attentions
+
+    def _attention(self, group: RowGroup, first: int) -> _Attention:
+        """Lay a group out; `first` is the packed index of its first token."""
+        most = int(group.counts_R.max())
+        queries = most if most == 1 else _FEW_QUERIES
+        queries = queries if most <= queries else _rounded(most, _TOKENS)
+        longest = int((group.starts_R + group.counts_R).max())
+        length = min(_rounded(longest, _LENGTHS), self._cache.context)
+        rows = _rounded(len(group.counts_R), _ROWS)
+        # A spare row attends to one key of the spare slot; its output is dropped.
+        slots = _padded(group.slots_R, rows, self._cache.spare_slot)
+        starts, counts = _padded(group.starts_R, rows), _padded(group.counts_R, rows, 1)
+        ordinal_Q = np.arange(queries)
+        # A padded query repeats the row's last one: its mask is valid, its output is dropped.
+        ordinal_RQ = np.minimum(ordinal_Q, counts[:, None] - 1)
+        hidden = np.arange(length) > (starts[:, None] + ordinal_RQ)[:, :, None]
+        mask = torch.zeros(hidden.shape, dtype=self._weights.dtype)
+        mask.masked_fill_(torch.from_numpy(hidden), float("-inf"))
+        firsts = first + np.cumsum(group.counts_R) - group.counts_R
+        tokens_RQ = _padded(firsts, rows)[:, None] + ordinal_RQ
+        real_RQ = ordinal_Q < _padded(group.counts_R, rows)[:, None]
+        return _Attention(
+            slots_R=torch.from_numpy(slots),
+            num_queries=queries,
+            length=length,
+            mask=mask[:, None, :, None, :],
+            pad_RQ=torch.from_numpy(tokens_RQ.reshape(-1)),
+            unpad=torch.from_numpy(np.flatnonzero(real_RQ)),
+        )
 
 
 def _positions(group: RowGroup) -> Ints:
@@ -169,39 +212,12 @@ def _positions(group: RowGroup) -> Ints:
     return np.arange(int(group.counts_R.sum())) + np.repeat(group.starts_R - firsts, group.counts_R)
 
 
-def _attentions(groups: Sequence[RowGroup], dtype: torch.dtype) -> list[_Attention]:
-    attentions: list[_Attention] = []
-    first = 0
-    for group in groups:
-        attention = _attention(group, first, dtype)
-        attentions.append(attention)
-        first += attention.num_tokens
-    return attentions
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
-def _attention(group: RowGroup, first: int, dtype: torch.dtype) -> _Attention:
-    counts, num_tokens = group.counts_R, int(group.counts_R.sum())
-    queries = int(counts.max())
-    length = int((group.starts_R + counts).max())
-    ordinal_Q = np.arange(queries)
-    # A padded query repeats the row's last one: its mask is valid, its output is dropped.
-    ordinal_RQ = np.minimum(ordinal_Q, counts[:, None] - 1)
-    position_RQ = group.starts_R[:, None] + ordinal_RQ
-    hidden = np.arange(length) > position_RQ[:, :, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype)
-    mask.masked_fill_(torch.from_numpy(hidden), float("-inf"))
-    pad_RQ = unpad_T = None
-    if num_tokens != len(counts) * queries:
-        starts = np.cumsum(counts) - counts
-        pad_RQ = torch.from_numpy((starts[:, None] + ordinal_RQ).reshape(-1))
-        unpad_T = torch.from_numpy(np.flatnonzero(ordinal_Q < counts[:, None]))
-    return _Attention(
-        slots_R=torch.from_numpy(group.slots_R),
-        first=first,
-        num_tokens=num_tokens,
-        num_queries=queries,
-        length=length,
-        mask=mask[:, None, :, None, :],
-        pad_RQ=pad_RQ,
-        unpad_T=unpad_T,
-    )
+def _padded(values: Ints, size: int, fill: int = 0) -> Ints:
+    """Return `values` followed by `fill` up to `size`; np.pad takes ten times as long."""
+    padded = np.full(size, fill, dtype=np.int64)
+    padded[: len(values)] = values
+    return padded
