@@ -38,7 +38,7 @@ from shared.wire.messages import (
 from shared.wire.subjects import Subjects
 from shared.wire.trajectory import SamplingParams, Span
 
-BASE = str(Path(__file__).parents[2] / "examples" / "frozen_lake" / "base")
+BASE = str(Path(__file__).parent / "char_model")
 SUBJECTS = Subjects("test")
 
 Body = Accepted | Heartbeat | Behind | Partial | Done | Refused
