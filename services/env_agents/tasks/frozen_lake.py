@@ -2,7 +2,8 @@ r"""gymnasium FrozenLake-v1 as text: procedural maps, held out by content.
 
 The first observation is the map and the position, `SFFF\nFHFF\nFFFF\nHFFG\n@00>`; the policy
 answers `left`, `down`, `right` or `up`, the environment with the new position `@rc>` (row,
-column); a newline after the word is ignored. Any other answer is a wasted turn: the position stays. Reward 1 at the goal.
+column). A newline after the word is ignored; any other answer is a wasted turn: the position
+stays. Reward 1 at the goal.
 
 A map belongs to the split `eval` if and only if a hash of its *content* falls into the first fifth
 of the hash space, otherwise to `train`: splitting by seed would leave most evaluation maps among
