@@ -13,6 +13,11 @@ DType = Literal["u1", "i4", "i8", "u8", "f4", "f8"]
 """Little-endian numpy codes of the array types that may travel."""
 
 
+MAX_DIMENSIONS = 8
+MAX_LENGTH = 2**40
+"""An empty array may claim any shape; beyond these numpy could not give it back."""
+
+
 class Part(BaseModel):
     """A frozen, strict piece of a message."""
 
@@ -38,8 +43,8 @@ class Array(Part):
 
     @model_validator(mode="after")
     def _size_matches(self) -> Self:
-        if any(n < 0 for n in self.shape):
-            raise ValueError("negative dimension")
+        if len(self.shape) > MAX_DIMENSIONS or not all(0 <= n < MAX_LENGTH for n in self.shape):
+            raise ValueError("negative, too large or too many dimensions")
         expected = math.prod(self.shape) * int(self.dtype[1])
         if len(self.data) != expected:
             raise ValueError(f"{len(self.data)} bytes for {self.dtype}{list(self.shape)}")

@@ -163,13 +163,17 @@ class SampledTokens(Part):
     token_ids: Array
     """i4[N]."""
     logprobs: Array
-    """f4[N]: log-prob under the distribution sampled from."""
+    """f4[N] (or f8[N]): log-prob under the distribution sampled from."""
     spans: tuple[Span, ...]
     """Over [0, N)."""
     mixed_kv: bool = False
 
     @model_validator(mode="after")
     def _spans_tile(self) -> Self:
+        if self.token_ids.dtype != "i4" or len(self.token_ids.shape) != 1:
+            raise ValueError("token_ids must be i4[N]")
+        if self.logprobs.dtype not in ("f4", "f8"):
+            raise ValueError("logprobs must be f4[N] or f8[N]")
         num_tokens = self.token_ids.shape[0]
         end = 0
         for span in self.spans:
