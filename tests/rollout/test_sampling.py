@@ -19,7 +19,8 @@ def test_a_uniform_number_depends_on_its_seed_and_index_alone() -> None:
 
 
 def test_uniform_numbers_are_pinned() -> None:
-    # Computed with Python's integers. A change here changes every sampled token: resumed turns of a running fleet would diverge.
+    # Computed with Python's integers. A change here changes every sampled token: turns resumed
+    # on another pod of a running fleet would diverge.
     numbers = uniforms(u64(0, 7, seed_bits(-1)), u64(0, 3, 2**40))
     assert numbers.tolist() == [0.28176129772258496, 0.30794958315676224, 0.9101868707046061]
 
