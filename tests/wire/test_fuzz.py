@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import msgpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import shared.wire
 from shared.wire.base import Message
 from shared.wire.codec import decode, encode
 from shared.wire.errors import WireError
@@ -31,9 +34,19 @@ VALUES = st.recursive(
 )
 
 
+for module in pkgutil.iter_modules(shared.wire.__path__, "shared.wire."):
+    importlib.import_module(module.name)
+TYPES = tuple(Message.__subclasses__())
+
+
+def test_the_fuzzed_decoder_knows_every_type_of_the_seeds():
+    for seed in SEEDS:
+        decode(seed, *TYPES)
+
+
 def readable_or_refused(payload: bytes) -> None:
     try:
-        message = decode(payload, *Message.__subclasses__())
+        message = decode(payload, *TYPES)
     except WireError:
         return
     assert decode(encode(message), type(message)) is not None
