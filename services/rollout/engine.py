@@ -30,6 +30,7 @@ class SampleResult:
     """Tokens, log-probs and exact stamps of one (partial) turn."""
 
     sampled: SampledTokens
+    """Log-probs are f4, or f8 from a float64 engine: the service narrows them for the wire."""
     finish: Literal["stop", "length", "interrupted"]
 
 
