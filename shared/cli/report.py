@@ -11,7 +11,7 @@ from typing import Any, cast
 import jinja2
 from markupsafe import Markup
 
-from shared.cli import report_figures, report_panels, report_system, summary
+from shared.cli import report_figures, report_header, report_panels, report_system, summary
 from shared.cli.ledger import Ledger, of_run
 from shared.cli.records import RunRecords, load
 from shared.cli.report_data import evaluations, k3_by_age, pooled, regions, steps
@@ -50,7 +50,7 @@ def render(records: RunRecords, ledger: Ledger, facts: dict[str, Any]) -> str:
         "css_variables": Markup(css_variables()),
         "run_dir": str(records.run_dir),
         "s": facts,
-        **report_panels.header(records, facts),
+        **report_header.header(records, facts),
         **_figures(records, ledger),
         **report_panels.exactness(summary.read_audit(records.run_dir)),
         **report_panels.corrections(records),

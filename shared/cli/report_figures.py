@@ -45,11 +45,10 @@ def success(records: RunRecords) -> str:
                 color=C["ink"], markersize=5.5, capsize=3, linewidth=1.4, zorder=5,
             )  # fmt: skip
             if one.name in ("base", "final"):
-                left = one.at_s > 0.12 * last
+                anchor = "center" if one.at_s > 0.06 * last else "left"
                 axis.annotate(
-                    f"{one.name} {one.mean:.2f}", (one.at_s, one.mean), (-9 if left else 9, -5),
-                    textcoords="offset points", ha="right" if left else "left", va="center",
-                    weight="bold",
+                    f"{one.name} {one.mean:.2f}", (one.at_s, one.high), (0, 5), weight="bold",
+                    textcoords="offset points", ha=anchor, va="bottom",
                 )  # fmt: skip
         top = max([0.5, *values[np.isfinite(values)], *(one.high for one in shown)])
         axis.set_ylim(-0.09 * top, top * 1.12)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import time
 from typing import Any, cast
 
 import numpy as np
-import yaml
 
 from shared.cli.audit import OPEN_LOGPROB, AuditResult
 from shared.cli.ledger import Ledger
 from shared.cli.records import RunRecords
 from shared.cli.report_data import (
-    evaluations,
     k3_by_age,
     pooled,
     regions,
     series,
-    start_of,
     steps,
 )
 from shared.cli.report_system import ROLE_COLOURS
@@ -38,38 +34,6 @@ _COUNTERS = {
     "logit_oracle": ("trajectories", "scored_tokens", "moves", "canary_checks"),
 }
 _VERSION_COLOURS = ("blue", "amber", "violet", "green", "red")
-
-
-def header(records: RunRecords, s: dict[str, Any]) -> Context:
-    """Verdict, tiles, configuration."""
-    kills = len(records.facts.get("kills") or ())
-    wall = s.get("wall_s")
-    parts = [f"{_seconds(wall)} on one machine" if wall else ""]
-    parts += [_count(kills, "kill −9"), _count(s["restarts"], "restart", "restarts")]
-    parts += [f"installation {_seconds(s['install_s'])} apart" if s.get("install_s") else ""]
-    audited = s["audited_tokens"]
-    tiles = [
-        (_arrow(s["success_base"], s["success_final"]), f"success, {s['eval_episodes']} held-out"),
-        (f"{s['audit_mismatches']} of {audited:,}" if audited else "not audited",
-         "audited tokens mismatch"),
-        (_percent(s["old_logits_exact_ratio"]), "old logits exact"),
-        (f"{s['trajectories_lost']} / {s['trajectories_duplicated']}", "lost / duplicated"),
-        (f"{s['staleness_mean']:.2f}, max {s['staleness_max']}",
-         f"staleness in versions, bound {s['staleness_bound']}"),
-        (f"{s['policy_versions']:,}", f"versions, {s['optimizer_steps']:,} optimizer steps"),
-        (f"{s['tokens_per_s_trained']:,.0f}/s", f"tokens trained, {s['tokens_trained']:,} in all"),
-        (_bytes(s.get("peak_memory_bytes")), "peak memory, summed PSS"),
-    ]  # fmt: skip
-    return {
-        "title": f"Lagwise: {s['run']}",
-        "verdict": _verdict(s),
-        "subtitle": " · ".join(part for part in parts if part),
-        "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start_of(records))),
-        "tiles": tiles,
-        "config": yaml.safe_dump(records.values, sort_keys=False) if records.values else "-",
-        "success_reading": _success_reading(records, s),
-        "footer": f"Written from {records.run_dir}/archive. Log-probs in nats.",
-    }
 
 
 def exactness(audit: AuditResult | None) -> Context:
@@ -235,10 +199,10 @@ def weights(records: RunRecords) -> Context:
     swaps = total(every, "rollout", "swaps")
     parts: list[str] = []
     if full:
-        parts.append(f"A full copy is {_bytes(float(np.median(full)))}")
+        parts.append(f"A full copy is {size_text(float(np.median(full)))}")
     if deltas and full:
         share = float(np.median(deltas)) / float(np.median(full))
-        parts.append(f"the median delta {_bytes(float(np.median(deltas)))} ({share:.1%} of it)")
+        parts.append(f"the median delta {size_text(float(np.median(deltas)))} ({share:.1%} of it)")
     seconds = series(steps(records), "publish_s")
     if np.isfinite(seconds).any():
         parts.append(f"publication takes {1e3 * float(np.nanmedian(seconds)):.0f} ms (median)")
@@ -300,34 +264,6 @@ def reproduce(records: RunRecords) -> Context:
     }
 
 
-def _verdict(s: dict[str, Any]) -> str:
-    if not s["sound"]:
-        return "Not sound: " + s["problems"][0]
-    exact = (
-        "every audited token was trained with its own version's log-prob"
-        if s["audited_tokens"]
-        else "not audited yet"
-    )
-    whole = "nothing was lost or trained twice"
-    if s["learned"] is None:
-        return f"Sound: {exact}, {whole}."
-    verb = "It learned" if s["learned"] else "It did not learn"
-    return f"{verb}: success {_arrow(s['success_base'], s['success_final'])}; {exact}; {whole}."
-
-
-def _success_reading(records: RunRecords, s: dict[str, Any]) -> str:
-    final = [e for e in evaluations(records) if e.name == "final"]
-    text = "Dots: success of the trajectories each version was trained on; line: their moving mean."
-    if s["success_lift_ci"] and final:
-        low, high = s["success_lift_ci"]
-        text += (
-            f" Points: {final[-1].episodes} held-out episodes with 95 % intervals. Paired lift "
-            f"{s['success_lift']:+.3f} ({low:+.3f} to {high:+.3f}); "
-            f"{s['eval_tasks_seen_in_training']} of the held-out tasks occurred in training."
-        )
-    return text
-
-
 def _did(own: list[Life]) -> str:
     """What a process counted, in words; the rest stays in `leases.bin`."""
     sums = {
@@ -336,26 +272,8 @@ def _did(own: list[Life]) -> str:
     return ", ".join(f"{n:,.0f} {name.replace('_', ' ')}" for name, n in sums.items() if n)
 
 
-def _arrow(base: float | None, final: float | None) -> str:
-    if base is None or final is None:
-        return "–"
-    return f"{base:.2f} → {final:.2f}"
-
-
-def _percent(ratio: float) -> str:
-    # 100 % only when it is: 0.99996 must not round up to it.
-    return "100 %" if ratio == 1.0 else f"{min(100 * ratio, 99.99):.2f} %"
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one}" if number else ""
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.0f} s"
-
-
-def _bytes(value: float | None) -> str:
+def size_text(value: float | None) -> str:
+    """Return bytes as text, a dash for None."""
     if value is None:
         return "–"
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
