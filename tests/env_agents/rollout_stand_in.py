@@ -59,6 +59,7 @@ class StandInRollout:
         self.script: Callable[[StandInRollout, SampleRequest, Send], Awaitable[bool]] | None = None
         self._renderer = TextRenderer(BASE, {})
         self._subscriptions: list[Any] = []
+        self.alive = True
 
     async def start(self) -> StandInRollout:
         subjects = self.bus.subjects
@@ -71,6 +72,7 @@ class StandInRollout:
 
     async def kill(self) -> None:
         """Gone at once: no last word."""
+        self.alive = False
         for subscription in self._subscriptions:
             await subscription.close()
 
