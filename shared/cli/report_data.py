@@ -48,11 +48,12 @@ class K3ByAge:
         oldest = int(self.ages[-1])
         exact = self.exact[-1] / self.exact[0] if self.exact[0] > 0 else math.nan
         current = self.current[-1] / self.exact[-1] if self.exact[-1] > 0 else math.nan
+        times = f"{current:,.0f}" if current >= 10 else f"{current:.1f}"
         return (
             f"With exact old logits the discrepancy is the sampler's rounding noise at any age "
             f"(×{exact:.2f} from age {self.ages[0]} to {oldest}). Recomputed from the current "
-            f"weights, policy change leaks into it: ×{current:.3g} of the exact value at age "
-            f"{oldest}, and every mask on D then acts on staleness."
+            f"weights, policy change leaks into it: {times} times the exact value at age {oldest}, "
+            "and every mask on D then acts on staleness."
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
@@ -73,7 +75,7 @@ def k3_curves(curve: K3ByAge) -> str:
         positive = positive[positive > 0]
         if len(positive):
             axis.set_yscale("log")
-            axis.set_ylim(positive.min() / 2.2, positive.max() * 2.2)
+            axis.set_ylim(positive.min() / 3, positive.max() * 4)
         share = curve.tokens / curve.tokens.sum()
         axis.set_xticks(
             curve.ages, [f"{a}\n{s:.0%}" for a, s in zip(curve.ages, share, strict=True)]
@@ -208,8 +210,10 @@ def _version_ticks(axis: Axes, at: F8, versions: list[int]) -> None:
     transform = axis.get_xaxis_transform()
     axis.vlines(at, 0.0, 0.025, transform=transform, color=C["muted"], linewidth=0.8, clip_on=False)
     stride = next(s for s in (1, 2, 5, 10, 20, 50, 100, 1000) if len(at) / s <= 12)
+    labelled = -math.inf
     for x, version in zip(at, versions, strict=True):
-        if version % stride == 0:
+        if version % stride == 0 and x - labelled > 0.03 * at[-1]:
+            labelled = float(x)
             axis.text(
                 x, 0.03, f"v{version}", transform=transform, ha="center", va="bottom",
                 color=C["muted"], fontsize=7.5,

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from shared.cli.audit import AuditResult
+from shared.cli.audit import OPEN_LOGPROB, AuditResult
 from shared.cli.ledger import Ledger
 from shared.cli.records import RunRecords
 from shared.cli.report_data import (
@@ -43,7 +43,9 @@ def exactness(audit: AuditResult | None) -> Context:
     rows = [
         ("its own version", audit.mismatches, audit.audited_tokens, "red"),
         ("the version before (control)", audit.control_mismatches, audit.control_tokens, "muted"),
+        ("… open tokens", audit.open_control_mismatches, audit.open_control_tokens, "muted"),
         ("the sampler (control)", audit.sampler_mismatches, audit.audited_tokens, "muted"),
+        ("… open tokens", audit.open_sampler_mismatches, audit.open_tokens, "muted"),
     ]
     return {
         "audit": [
@@ -56,9 +58,12 @@ def exactness(audit: AuditResult | None) -> Context:
         "audit_reading": (
             f"Largest error {audit.max_error:.1e} nats over {audit.trajectories:,} trajectories "
             f"and {audit.versions:,} versions; a mismatch is more than {audit.tolerance:.0e}. "
-            f"Under the version before, the median error is {audit.control_median_error:.1e}; "
-            f"for the sampler it is {audit.sampler_median_error:.1e}: one version is "
-            "told from the next."
+            f"Open tokens are those that were not all but certain (p < "
+            f"{np.exp(OPEN_LOGPROB):.2f}); the others, like the later letters of a word, look the "
+            "same in every version. On open "
+            f"ones the median error is {audit.open_control_median_error:.1e} under the version "
+            f"before and {audit.open_sampler_median_error:.1e} for the sampler: this audit could "
+            "have failed."
         ),
     }  # fmt: skip
 
@@ -69,9 +74,10 @@ def corrections(records: RunRecords) -> Context:
     region = regions(records)
     reports = steps(records)
     shown = [
-        ("rejected by the mask", "rejected_ratio"),
-        ("clipped, advantage > 0", "clip_high_ratio"),
-        ("clipped, advantage < 0", "clip_low_ratio"),
+        ("rejected by the mask", "rej_any"),
+        ("outside the clip on arrival", "clipped_on_arrival"),
+        ("clipped with advantage > 0", "clip_high"),
+        ("clipped with advantage < 0", "clip_low"),
     ]
     fractions = [
         f"{np.nanmean(values):.2%} {name}"
@@ -108,11 +114,9 @@ def distributions(records: RunRecords, ledger: Ledger) -> Context:
     reading = ""
     if len(dispatched) and len(trained):
         ratio = trained.mean() / dispatched.mean()
-        reading = (
-            f"Trained trajectories are ×{ratio:.3f} as long as dispatched ones: "
-            f"{'no' if abs(ratio - 1) < 0.03 else 'a'} bias towards "
-            f"{'short' if ratio < 1 else 'long'} episodes from racing the trainer."
-        )
+        bias = "short" if ratio < 1 else "long"
+        bias = "no bias towards short episodes" if abs(ratio - 1) < 0.03 else f"a bias: {bias} ones"
+        reading = f"Trained trajectories are ×{ratio:.3f} as long as dispatched ones: {bias}."
     return {
         "staleness_reading": (
             f"Mean {ledger.staleness_mean:.2f}, largest {ledger.staleness_max}, {kept} of {bound}: "

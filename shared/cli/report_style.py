@@ -126,7 +126,10 @@ def standalone(svg: str, font: str = "system-ui, sans-serif") -> str:
         f"<style>{css_variables().replace(':root', 'svg')}"
         f"svg{{background:var(--page)}}text{{font-family:{font} !important}}</style>"
     )
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace(">", f">{style}", 1)
+    box = re.search(r'viewBox="0 0 ([0-9.]+) ([0-9.]+)"', svg)
+    assert box is not None
+    size = f' width="{float(box.group(1)):.0f}" height="{float(box.group(2)):.0f}"'
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace(">", f"{size}>{style}", 1)
 
 
 def _inline(figure: Figure) -> str:

@@ -40,8 +40,8 @@ def overlap(records: RunRecords, processes: tuple[Life, ...], grid: BusyGrid) ->
                 color=colour, alpha=0.75,
             )  # fmt: skip
             for left, right in _runs(dead, edges):
-                if right < edges[-1]:
-                    axis.hlines(row + 0.4, max(left, 0.0), right, color=C["red"], linewidth=2.5)
+                if edges[0] < left and right < edges[-1]:  # between two lives
+                    axis.hlines(row + 0.4, left, right, color=C["red"], linewidth=2.5)
         for kill in records.facts.get("kills") or ():
             axis.axvline(
                 float(kill["at"]) - start, color=C["red"], linewidth=1.2, linestyle=(0, (3, 2))

@@ -91,7 +91,7 @@ def _candidates(records: RunRecords, ledger: Ledger) -> Iterator[tuple[Batch, Me
     middle = len(ledger.lineage) * 2 // 3
     rows.sort(
         key=lambda row: (
-            -len(records.terminals[row[1].terminal_seq].version_tokens),
+            len(records.terminals[row[1].terminal_seq].version_tokens) < 2,
             abs(row[0].version - middle),
         )
     )

@@ -103,7 +103,9 @@ def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult | None) ->
         "audit_max_error": audit.max_error if audit else None,
         "audit_control_tokens": audit.control_tokens if audit else None,
         "audit_control_mismatches": audit.control_mismatches if audit else None,
+        "audit_control_ratio": audit.control_ratio if audit else None,
         "audit_sampler_mismatches": audit.sampler_mismatches if audit else None,
+        "audit_sampler_ratio": audit.sampler_ratio if audit else None,
         **{f"trajectories_{name}": count for name, count in asdict(ledger.training).items()},
         "evaluation": asdict(ledger.evaluation),
         "restarts": num_restarts(records.facts),
@@ -204,6 +206,10 @@ def _trained_rate(records: RunRecords, ledger: Ledger) -> float:
 
 def _forward_ratio(records: RunRecords) -> float | None:
     """Return the oracle's r: tokens forwarded per token of the trajectories it scored."""
-    scored = [score for score in records.scores.values() if score.terminal_seq in records.terminals]
-    length = sum(records.terminals[score.terminal_seq].length for score in scored)
-    return sum(score.forward_tokens for score in scored) / length if length else None
+    scored = [score for score in records.scores.values() if score.forward_tokens]
+    lengths = [
+        records.terminals[score.terminal_seq].length
+        for score in scored
+        if score.terminal_seq in records.terminals
+    ]
+    return sum(score.forward_tokens for score in scored) / sum(lengths) if lengths else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -64,10 +65,18 @@ def total(of: Sequence[Life], role: str, *names: str) -> float:
 
 
 def rate(of: Sequence[Life], role: str, *names: str) -> float:
-    """Return a counter per second between the role's first and last lease."""
-    sent = [lease.sent_at for life in of if life.role == role for lease in life.leases]
-    wall_s = max(sent) - min(sent) if sent else 0.0
-    return total(of, role, *names) / wall_s if wall_s > 0 else 0.0
+    """Return a counter per second, between its first and its last rise in any of the processes."""
+    rises = [
+        (before.sent_at, after.sent_at)
+        for life in of
+        if life.role == role
+        for before, after in pairwise(life.leases)
+        if any(after.counters.get(n, 0.0) > before.counters.get(n, 0.0) for n in names)
+    ]
+    if not rises:
+        return 0.0
+    wall_s = max(stop for _, stop in rises) - min(start for start, _ in rises)
+    return total(of, role, *names) / wall_s
 
 
 @dataclass(frozen=True)

@@ -370,7 +370,7 @@ def _step_report(run: SyntheticRun, version: int) -> StepReport:
         "staleness_mean": 1.8, "staleness_max": 4.0, "loss": 0.01, "grad_norm": 0.5, "lr": 1e-3,
         "entropy": 0.6, "loss_tokens": 600.0, "exact_tokens": 600.0, "tokens_trained": 600.0,
         "k3_d": 2e-4, "k3_s": 8e-3, "wait_s": 0.1, "train_s": 0.35, "publish_s": 0.05,
-        "rejected_ratio": 0.0004, "clip_high_ratio": 0.013, "clip_low_ratio": 0.009,
+        "rej_any": 0.0004, "clip_high": 0.013, "clip_low": 0.009,
         "publish_bytes": 420_000.0 if version % 16 else 840_000.0, "checkpoint_s": 0.02,
         "outstanding_groups": 60.0, "ready_groups": 6.0, "optimizer_steps": 2.0 * version,
     }  # fmt: skip

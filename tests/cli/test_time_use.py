@@ -36,6 +36,11 @@ def test_counters_add_up_over_incarnations_and_spellings() -> None:
     assert rate(processes, "learner", "sampled_tokens") == 0.0
 
 
+def test_a_rate_leaves_out_the_time_before_the_first_and_after_the_last_token() -> None:
+    idle = [lease("r0", 0.0, 0.0), lease("r0", 10.0, 0.0), lease("r0", 14.0, 2.0)]
+    assert rate(lives([*idle, lease("r0", 99.0, 2.0)]), "rollout", "sampled_tokens") == 5.0
+
+
 def test_the_grid_has_a_gap_where_a_process_was_dead() -> None:
     grid = busy_grid(lives(TWO_LIVES), 2.0)
     assert grid is not None
