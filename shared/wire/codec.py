@@ -54,7 +54,7 @@ def content_digest(payload: bytes) -> str:
 def _unpack(payload: bytes) -> dict[str, Any]:
     try:
         envelope = msgpack.unpackb(payload, raw=False, use_list=False, strict_map_key=True)
-    except Exception as error:  # noqa: BLE001 - msgpack raises a family without a common base
+    except Exception as error:
         raise Malformed(f"not msgpack: {type(error).__name__}: {error}"[:200]) from error
     if not isinstance(envelope, dict):
         raise Malformed(f"envelope is {type(envelope).__name__}, not a map")
