@@ -26,13 +26,9 @@ from shared.runtime.errors import ConfigError
 
 TOLERANCE = 5e-5
 """Nats; the agreement of two float32 forwards of one version (offpolicy.md 10.3)."""
-OPEN_LOGPROB = -0.01
-"""A token is *open* when its own version gives it less than 99 %. The others, such as the later
-letters of a word, have log-probs near 0 in every version and engine: nothing could mismatch there,
-so the controls are judged on open tokens and reported on all."""
 PREVIOUS_VERSION_MIN_RATIO = 0.3
 SAMPLER_MIN_RATIO = 0.5
-"""Controls: at least so many open tokens must mismatch, or the audit could not have failed."""
+"""Controls: at least so many tokens must mismatch, or the audit could not have failed."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +47,10 @@ class AuditResult:
     """Audited tokens with a version before theirs."""
     control_mismatches: int
     """Of `control_tokens`, under that version."""
-    open_control_median_error: float
+    control_median_error: float
     sampler_mismatches: int
     """Of `audited_tokens`, the sampler's log-probs."""
-    open_tokens: int
-    """Of `audited_tokens`, those a control can tell apart."""
-    open_sampler_mismatches: int
-    open_control_tokens: int
-    open_control_mismatches: int
-    open_sampler_median_error: float
+    sampler_median_error: float
     old_logits_exact_ratio: float
     tolerance: float
     seed: int
@@ -72,14 +63,11 @@ class AuditResult:
 
     @property
     def control_ratio(self) -> float:
-        """Share of open tokens that mismatch under the version before theirs."""
-        tokens = self.open_control_tokens
-        return self.open_control_mismatches / tokens if tokens else 0.0
+        return self.control_mismatches / self.control_tokens if self.control_tokens else 0.0
 
     @property
     def sampler_ratio(self) -> float:
-        """Share of open tokens whose sampler's log-prob mismatches."""
-        return self.open_sampler_mismatches / self.open_tokens if self.open_tokens else 0.0
+        return self.sampler_mismatches / self.audited_tokens if self.audited_tokens else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -111,24 +99,15 @@ def run(run_dir: Path, *, tokens: int = 2400, seed: int = 0) -> AuditResult:
     rescoring = Rescoring(records, config)
     probes = [probe for pick in picks for probe in rescoring.probes(pick, rng)]
     num_versions = rescoring.fill(probes)
-    result = measure(probes, num_versions, ledger, seed)
-    judged = judge(result, probes, min(tokens, ledger.tokens_trained))
+    result = _result(probes, num_versions, ledger, seed)
+    judged = _judge(result, probes, min(tokens, ledger.tokens_trained))
     return replace(result, problems=(*ledger.problems, *rescoring.problems, *judged))
 
 
-def measure(probes: list[Probe], num_versions: int, ledger: Ledger, seed: int) -> AuditResult:
-    """Count mismatches and controls of filled probes; pure."""
+def _result(probes: list[Probe], num_versions: int, ledger: Ledger, seed: int) -> AuditResult:
     own = _joined([np.abs(p.own - p.old) for p in probes if p.own is not None])
+    previous = _joined([np.abs(p.previous - p.old) for p in probes if p.previous is not None])
     sampler = _joined([np.abs(p.sampler - p.old) for p in probes if p.own is not None])
-    is_open = _joined([p.own for p in probes if p.own is not None]) < OPEN_LOGPROB
-    paired = [
-        (p.own, np.abs(p.previous - p.old))
-        for p in probes
-        if p.own is not None and p.previous is not None
-    ]
-    previous = _joined([error for _, error in paired])
-    open_previous = previous[_joined([values for values, _ in paired]) < OPEN_LOGPROB]
-    open_sampler = sampler[is_open]
     return AuditResult(
         audited_tokens=len(own),
         trajectories=len({p.ticket_id for p in probes if p.own is not None}),
@@ -138,13 +117,9 @@ def measure(probes: list[Probe], num_versions: int, ledger: Ledger, seed: int) -
         p99_error=_quantile(own, 0.99),
         control_tokens=len(previous),
         control_mismatches=_count_above(previous),
+        control_median_error=_quantile(previous, 0.5),
         sampler_mismatches=_count_above(sampler),
-        open_tokens=len(open_sampler),
-        open_sampler_mismatches=_count_above(open_sampler),
-        open_control_tokens=len(open_previous),
-        open_control_mismatches=_count_above(open_previous),
-        open_control_median_error=_quantile(open_previous, 0.5),
-        open_sampler_median_error=_quantile(open_sampler, 0.5),
+        sampler_median_error=_quantile(sampler, 0.5),
         old_logits_exact_ratio=ledger.exact_ratio,
         tolerance=TOLERANCE,
         seed=seed,
@@ -152,8 +127,7 @@ def measure(probes: list[Probe], num_versions: int, ledger: Ledger, seed: int) -
     )
 
 
-def judge(result: AuditResult, probes: list[Probe], wanted: int) -> list[str]:
-    """Return what a measurement of `wanted` tokens leaves to be desired, a line each; pure."""
+def _judge(result: AuditResult, probes: list[Probe], wanted: int) -> list[str]:
     problems: list[str] = []
     if result.audited_tokens < wanted or not result.audited_tokens:
         problems.append(f"only {result.audited_tokens} of {wanted} tokens could be audited")
@@ -166,12 +140,12 @@ def judge(result: AuditResult, probes: list[Probe], wanted: int) -> list[str]:
         )
     if result.control_tokens and result.control_ratio < PREVIOUS_VERSION_MIN_RATIO:
         problems.append(
-            f"control: only {result.control_ratio:.0%} of open tokens mismatch under the version "
+            f"control: only {result.control_ratio:.0%} of tokens mismatch under the version "
             f"before theirs, {PREVIOUS_VERSION_MIN_RATIO:.0%} needed: versions hardly differ"
         )
     if result.audited_tokens and result.sampler_ratio < SAMPLER_MIN_RATIO:
         problems.append(
-            f"control: only {result.sampler_ratio:.0%} of the sampler's open tokens mismatch, "
+            f"control: only {result.sampler_ratio:.0%} of the sampler's log-probs mismatch, "
             f"{SAMPLER_MIN_RATIO:.0%} needed: sampler and trainer hardly differ"
         )
     return problems
@@ -185,11 +159,11 @@ def table(result: AuditResult) -> str:
         ("mismatches under their own version", f"{result.mismatches:,}"),
         ("  largest / 99th percentile error", f"{result.max_error:.1e} / {result.p99_error:.1e}"),
         ("control: under the version before",
-         f"{result.control_mismatches:,} of {result.control_tokens:,} mismatch;"
-         f" open tokens: {result.control_ratio:.0%} of {result.open_control_tokens:,}"),
+         f"{result.control_mismatches:,} of {result.control_tokens:,} mismatch"
+         f" ({result.control_ratio:.0%})"),
         ("control: the sampler's log-probs",
-         f"{result.sampler_mismatches:,} of {result.audited_tokens:,} mismatch;"
-         f" open tokens: {result.sampler_ratio:.0%} of {result.open_tokens:,}"),
+         f"{result.sampler_mismatches:,} of {result.audited_tokens:,} mismatch"
+         f" ({result.sampler_ratio:.0%})"),
         ("old_logits_exact_ratio", f"{result.old_logits_exact_ratio:.6g}"),
         ("tolerance", f"{result.tolerance:.0e} nats"),
     ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from shared.cli.audit import OPEN_LOGPROB, AuditResult
+from shared.cli.audit import AuditResult
 from shared.cli.ledger import Ledger
 from shared.cli.records import RunRecords
 from shared.cli.report_data import (
@@ -43,9 +43,7 @@ def exactness(audit: AuditResult | None) -> Context:
     rows = [
         ("its own version", audit.mismatches, audit.audited_tokens, "red"),
         ("the version before (control)", audit.control_mismatches, audit.control_tokens, "muted"),
-        ("… open tokens", audit.open_control_mismatches, audit.open_control_tokens, "muted"),
         ("the sampler (control)", audit.sampler_mismatches, audit.audited_tokens, "muted"),
-        ("… open tokens", audit.open_sampler_mismatches, audit.open_tokens, "muted"),
     ]
     return {
         "audit": [
@@ -58,11 +56,8 @@ def exactness(audit: AuditResult | None) -> Context:
         "audit_reading": (
             f"Largest error {audit.max_error:.1e} nats over {audit.trajectories:,} trajectories "
             f"and {audit.versions:,} versions; a mismatch is more than {audit.tolerance:.0e}. "
-            f"Open tokens are those that were not all but certain (p < "
-            f"{np.exp(OPEN_LOGPROB):.2f}); the others, like the later letters of a word, look the "
-            "same in every version. On open "
-            f"ones the median error is {audit.open_control_median_error:.1e} under the version "
-            f"before and {audit.open_sampler_median_error:.1e} for the sampler: this audit could "
+            f"The median error is {audit.control_median_error:.1e} under the version before and "
+            f"{audit.sampler_median_error:.1e} for the sampler's log-probs: this audit could "
             "have failed."
         ),
     }  # fmt: skip

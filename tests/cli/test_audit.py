@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from shared.cli.archive import archive_dir, version_path
-from shared.cli.audit import AuditResult, judge, measure, run, save, table
+from shared.cli.audit import AuditResult, run, save, table
 from shared.cli.audit_picks import choose
-from shared.cli.audit_rescoring import Probe, version_sha256
-from shared.cli.ledger import Ledger, balance, of_run
+from shared.cli.audit_rescoring import version_sha256
+from shared.cli.ledger import of_run
 from shared.cli.records import load
 from shared.cli.reference_forward import Query, ReferenceConfig, ReferencePolicy, read_safetensors
 from shared.runtime.errors import ConfigError
@@ -37,10 +37,6 @@ def rewrite_scores(run_: SyntheticRun, value_of: dict[int, np.ndarray]) -> None:
         score = run_.scores[seq]
         sequence = score.sequences[0].model_copy(update={"old_logprobs": Array.of(values, "f4")})
         run_.scores[seq] = score.model_copy(update={"sequences": (sequence,)})
-
-
-def balance_of(run_: SyntheticRun) -> Ledger:
-    return balance(run_.journal, {}, {}, queued=(), digests={}, max_staleness=4)
 
 
 def problem(result: AuditResult) -> str:
@@ -150,35 +146,7 @@ def test_log_probs_shifted_by_one_position_and_nans_are_seen(
 def test_a_policy_that_never_moved_fails_the_control(tmp_path: Path) -> None:
     result = run(build(Spec(drift=0.0)).write(tmp_path / "run"), tokens=200)
     assert result.mismatches == 0
-    assert "control: only 0% of open tokens mismatch under the version before" in problem(result)
-
-
-def probe(own: list[float], previous: list[float], sampler: list[float]) -> Probe:
-    values = np.array(own)
-    query = Query(np.arange(len(own) + 1), np.arange(1, len(own) + 1))
-    return Probe("t", 1, query, values, np.array(sampler), values, np.array(previous))
-
-
-def test_certain_tokens_cannot_hide_that_the_controls_differ(honest: SyntheticRun) -> None:
-    """Later letters of a word have log-probs near 0 in every version and engine."""
-    certain = [-1e-4] * 8
-    one = probe([*certain, -1.0, -2.0], [*certain, -1.1, -2.1], [*certain, -1.01, -2.0])
-    result = measure([one], 2, balance_of(honest), seed=0)
-    assert (result.audited_tokens, result.mismatches, result.open_tokens) == (10, 0, 2)
-    assert (result.control_mismatches, result.control_ratio) == (2, 1.0)
-    assert (result.sampler_mismatches, result.sampler_ratio) == (1, 0.5)
-    assert judge(result, [one], 10) == []
-
-
-def test_open_tokens_that_agree_everywhere_fail_both_controls(honest: SyntheticRun) -> None:
-    one = probe([-1.0, -2.0], [-1.0, -2.0], [-1.0, -2.0])
-    problems = judge(measure([one], 2, balance_of(honest), seed=0), [one], 2)
-    assert [problem.split(":")[0] for problem in problems] == ["control", "control"]
-
-
-def test_only_certain_tokens_prove_nothing(honest: SyntheticRun) -> None:
-    one = probe([-1e-5], [-1e-5], [-1e-5])
-    assert len(judge(measure([one], 2, balance_of(honest), seed=0), [one], 1)) == 2
+    assert "control: only 0% of tokens mismatch under the version before" in problem(result)
 
 
 def test_weights_changed_after_publication_are_refused(
