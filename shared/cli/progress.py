@@ -133,8 +133,10 @@ class Progress:
                 return self._note(
                     at, f"KILL -9 {pod} (pid {event['pid']}) at version {self.version}"
                 )
+            case "hung":
+                return self._note(at, f"{pod} is silent: {event['cause']}; killing it")
             case "exited" if event["code"] != 0:
-                self._pods.pop(pod, None)
+                self.forget(pod)
                 return self._note(at, f"{pod} died: {event['cause']}")
             case "started" if event["restart"]:
                 self._restarts += 1
@@ -177,6 +179,20 @@ class Progress:
             restarts=self._restarts,
             events=tuple(self._events),
         )
+
+    def silent(self, at: float, bound_s: float) -> list[str]:
+        """Return pods that once renewed their lease and have not for `bound_s`.
+
+        Nobody is, while no one is heard: then it is the bus that is silent.
+        """
+        ages = {pod: at - known.seen_at for pod, known in self._pods.items()}
+        if min(ages.values(), default=bound_s) > self.lease_expiry_s:
+            return []
+        return sorted(pod for pod, age in ages.items() if age > bound_s)
+
+    def forget(self, pod: str) -> None:
+        """Drop what is known of a process that is gone."""
+        self._pods.pop(pod, None)
 
     def _note(self, at: float, text: str, *, alarming: bool = True) -> str:
         self._events.append((at - self.started_at, text, alarming))

@@ -36,6 +36,9 @@ START_ORDER: tuple[ChildRole, ...] = ("learner", "logit_oracle", "rollout", "env
 
 _NATS_BOUND_S = 20.0
 
+_SILENT_S = 30.0
+"""A service without a lease for so long, while others are heard, is hung."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -187,7 +190,11 @@ class _Run:
             learner_done=self._endpoint.is_done,
         )
         running = Running(supervisor, progress, self._facts, versions)
-        companions: list[Companion] = [display.draw, lambda: self._follow(display)]
+        companions: list[Companion] = [
+            display.draw,
+            lambda: self._follow(display),
+            lambda: self._restart_silent(supervisor, progress),
+        ]
         companions += [partial(companion, running) for companion in beside]
         if self._endpoint.bus is not None:
             self._bus_open.set()
@@ -204,6 +211,15 @@ class _Run:
         await self._bus_open.wait()
         assert self._endpoint.bus is not None
         await display.follow(self._endpoint.bus)
+
+    async def _restart_silent(self, supervisor: Supervisor, progress: Progress) -> None:
+        """Do what a liveness probe does on a cluster."""
+        bound_s = max(_SILENT_S, 5 * self._common.telemetry.lease_expiry_s)
+        while not supervisor.stopping:
+            await asyncio.sleep(1.0)
+            for pod in progress.silent(time.time(), bound_s):
+                supervisor.kill_hung(pod, f"no lease for {bound_s:g} s")
+                progress.forget(pod)
 
     # --- processes
     def _commands(self) -> list[Command]:

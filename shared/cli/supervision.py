@@ -41,6 +41,8 @@ class Policy:
 
     backoff_min_s: float = 0.2
     backoff_max_s: float = 10.0
+    nats_backoff_max_s: float = 2.0
+    """Without the bus everybody waits."""
     stable_s: float = 10.0
     """A life so long forgets earlier deaths."""
     give_up_after: int = 8
@@ -224,7 +226,9 @@ class Supervision:
         stable = event.lived_s >= policy.stable_s
         state.deaths_in_row = 1 if stable else state.deaths_in_row + 1
         doublings = min(state.deaths_in_row - 1, 30)
-        delay_s = min(policy.backoff_max_s, policy.backoff_min_s * 2.0**doublings)
+        is_nats = state.child.role == "nats"
+        bound_s = policy.nats_backoff_max_s if is_nats else policy.backoff_max_s
+        delay_s = min(bound_s, policy.backoff_min_s * 2.0**doublings)
         state.start_at = event.at + delay_s
         return RestartPlanned(event.pod, describe_exit(event.code, event.detail), delay_s)
 

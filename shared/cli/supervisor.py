@@ -105,6 +105,13 @@ class Supervisor:
         self._facts.values["kills"].append({"pod": pod, "at": time.time()})
         process.kill()
 
+    def kill_hung(self, pod: str, cause: str) -> None:
+        """Kill a child that is alive and does nothing; it is restarted like any that dies."""
+        process = self._live.get(pod)
+        if process is not None and not self.stopping:
+            self._events.write("hung", pod, pid=process.pid, cause=cause)
+            process.kill()
+
     async def run(self, companions: Sequence[Companion] = ()) -> Finished:
         """Start everything, keep it running, stop it in order."""
         loop = asyncio.get_running_loop()

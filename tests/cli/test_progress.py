@@ -125,3 +125,19 @@ def test_the_terminal_shows_the_kill_in_red(progress: Progress) -> None:
     console.print(render(progress.snapshot(106.0), "lagwise demo"))
     assert "\x1b[1;31m" in out.getvalue()
     assert "KILL -9 rollout-0" in out.getvalue()
+
+
+def test_a_process_is_hung_when_it_alone_is_silent(progress: Progress) -> None:
+    progress.on_lease(lease("rollout-0", at=100.0), 100.0)
+    progress.on_lease(lease("rollout-1", at=130.0), 130.0)
+    assert progress.silent(130.0, bound_s=30.0) == []
+    assert progress.silent(130.5, bound_s=30.0) == ["rollout-0"]
+    progress.forget("rollout-0")
+    assert progress.silent(130.5, bound_s=30.0) == []
+
+
+def test_nobody_is_hung_while_nobody_is_heard(progress: Progress) -> None:
+    assert progress.silent(500.0, bound_s=30.0) == []
+    progress.on_lease(lease("rollout-0", at=100.0), 100.0)
+    progress.on_lease(lease("rollout-1", at=110.0), 110.0)
+    assert progress.silent(200.0, bound_s=30.0) == []

@@ -65,6 +65,15 @@ def test_back_off_doubles_to_its_bound_and_a_stable_life_resets_it() -> None:
     assert planned == RestartPlanned("rollout-0", "exit code 1", 0.2)
 
 
+def test_the_bus_never_stays_away_for_long() -> None:
+    supervision = begun(Policy(give_up_after=100))
+    for number in range(8):
+        [planned] = supervision.handle(exited("nats", 1, 100.0 * number, lived_s=0.1))
+        assert isinstance(planned, RestartPlanned)
+        supervision.handle(Tick(100.0 * number + planned.delay_s))
+    assert planned.delay_s == 2.0
+
+
 @pytest.mark.parametrize("pod", [child.pod for child in RUN])
 def test_every_child_is_restarted_nats_and_recorder_included(pod: str) -> None:
     supervision = begun()

@@ -62,3 +62,15 @@ def test_kill_9_of_the_supervisor_leaves_nothing_running_and_the_run_resumes(sta
     assert again.wait(300) == 0, again.output()
     assert gone(processes)
     assert_sound(again.summary(), VERSIONS)
+
+
+@pytest.mark.parametrize("pod", ["rollout-0", "logit-oracle-0", "learner-0"])
+def test_a_frozen_service_is_killed_restarted_and_nothing_is_lost(start, pod: str) -> None:
+    run = start("up", "--config", str(EXAMPLE), *small(VERSIONS))
+    run.until(lambda: run.version() >= 3, 180)
+    frozen = run.live(pod)
+    assert frozen is not None
+    frozen.suspend()
+    assert run.wait(300) == 0, run.output()
+    assert_sound(run.summary(), VERSIONS)
+    assert [e["pod"] for e in run.events("hung")] in ([pod], [])  # [] when it was not missed
