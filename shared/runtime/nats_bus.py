@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 import time
-import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
@@ -14,21 +13,18 @@ from typing import Any
 
 from shared.runtime import blobs
 from shared.runtime.bus import CoreMessage, Record, StreamState, Subscription, WorkQueue
-from shared.runtime.errors import BusUnavailable, Conflict, PayloadTooLarge, StreamFull
+from shared.runtime.errors import BusUnavailable, PayloadTooLarge
 from shared.runtime.jetstream import (
     API,
-    HEADER_EXPECTED,
-    HEADER_MSG_ID,
     STREAM_EXISTS_DIFFERENTLY,
-    WRONG_LAST_SEQUENCE,
     ApiError,
     bucket_config,
-    parse_answer,
     parse_direct,
     stream_config,
 )
 from shared.runtime.logs import Log
-from shared.runtime.nats_link import Answer, AttemptFailed, Msg, NatsLink, NatsSubscription
+from shared.runtime.nats_calls import NatsCalls
+from shared.runtime.nats_link import Msg, NatsLink, NatsSubscription
 from shared.runtime.nats_queue import NatsWorkQueue
 from shared.runtime.nats_reader import NatsReader
 from shared.runtime.sections import BusSection
@@ -37,10 +33,7 @@ from shared.wire.subjects import STREAMS, StreamName, Subjects
 
 Handler = Callable[[CoreMessage], Awaitable[None]]
 
-RETRY_PAUSE_S = 0.1
 POLL_S = 0.25
-APPENDS_IN_FLIGHT = 256
-"""Own publish window: more would only queue inside the client, unbounded."""
 
 
 async def connect(bus: BusSection, subjects: Subjects, name: str, log: Log) -> NatsBus:
@@ -66,7 +59,7 @@ class NatsBus:
         self._link = link
         self._log = log
         self._max_stream_bytes = max_stream_bytes
-        self._window = asyncio.Semaphore(APPENDS_IN_FLIGHT)
+        self._calls = NatsCalls(link, log)
         self._bucket = subjects.control_bucket
 
     @property
@@ -77,9 +70,9 @@ class NatsBus:
     async def create_streams(self) -> None:
         configs = [stream_config(self.subjects, spec, self._max_stream_bytes) for spec in STREAMS]
         for config in [*configs, bucket_config(self._bucket)]:
-            answer = await self._api(f"STREAM.CREATE.{config['name']}", config)
+            answer = await self._calls.api(f"STREAM.CREATE.{config['name']}", config)
             if isinstance(answer, ApiError) and answer.err_code == STREAM_EXISTS_DIFFERENTLY:
-                answer = await self._api(f"STREAM.UPDATE.{config['name']}", config)
+                answer = await self._calls.api(f"STREAM.UPDATE.{config['name']}", config)
             if isinstance(answer, ApiError):
                 raise BusUnavailable(
                     f"stream {config['name']}: {answer.description} (bus.max_stream_bytes, or the "
@@ -89,7 +82,7 @@ class NatsBus:
     async def wait_for_streams(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         # Created last, so the others exist when it does.
-        while isinstance(await self._api(f"STREAM.INFO.KV_{self._bucket}", {}), ApiError):
+        while isinstance(await self._calls.api(f"STREAM.INFO.KV_{self._bucket}", {}), ApiError):
             if time.monotonic() >= deadline:
                 raise BusUnavailable(
                     f"the streams of run {self.subjects.run!r} do not exist after {timeout_s:g} s: "
@@ -140,57 +133,10 @@ class NatsBus:
             payload = await blobs.store(
                 payload, self.subjects, self.max_payload, self._append_chunk
             )
-        return await self._append(stream, subject, payload, expect_last_subject_seq, msg_id)
+        return await self._calls.append(stream, subject, payload, expect_last_subject_seq, msg_id)
 
     async def _append_chunk(self, subject: str, chunk: bytes) -> int:
-        return await self._append(self.subjects.stream("blobs"), subject, chunk, 0, None)
-
-    async def _append(
-        self, stream: str, subject: str, payload: bytes, expected: int | None, msg_id: str | None
-    ) -> int:
-        headers = {HEADER_MSG_ID: msg_id or uuid.uuid4().hex}
-        if expected is not None:
-            headers[HEADER_EXPECTED] = str(expected)
-        deadline = time.monotonic() + self._link.retry_s
-        problem = ""
-        async with self._window:
-            while True:
-                retried = bool(problem)
-                await self._link.until_up(deadline)
-                try:
-                    answer = await self._link.attempt(subject, payload, headers)
-                except AttemptFailed as error:
-                    problem = str(error)
-                else:
-                    parsed = None if answer.status else parse_answer(answer.data)
-                    if isinstance(parsed, dict):
-                        return int(parsed["seq"])
-                    if parsed is None:
-                        problem = f"{subject}: nobody stores it; has the learner made the streams?"
-                    elif parsed.err_code in WRONG_LAST_SEQUENCE:
-                        if retried:
-                            ours = await self._stored_as(stream, subject, headers[HEADER_MSG_ID])
-                            if ours is not None:
-                                return ours
-                        raise Conflict(subject, -1 if expected is None else expected)
-                    elif parsed.is_full:
-                        self._log.error("stream_full", subject=subject, why=parsed.description)
-                        raise StreamFull(subject)
-                    elif parsed.is_transient:
-                        problem = f"{subject}: {parsed.description}"
-                    else:
-                        raise BusUnavailable(f"{subject}: {parsed.description}")
-                self.counters["publish_retries"] += 1
-                if time.monotonic() >= deadline:
-                    raise self._link.unavailable(problem)
-                await asyncio.sleep(RETRY_PAUSE_S)
-
-    async def _stored_as(self, stream: str, subject: str, msg_id: str) -> int | None:
-        """Sequence of the subject's newest message if an earlier attempt of ours stored it."""
-        answer = await self._request(f"{API}.DIRECT.GET.{stream}.{subject}", b"")
-        if answer.status or answer.headers.get(HEADER_MSG_ID) != msg_id:
-            return None
-        return int(answer.headers["Nats-Sequence"])
+        return await self._calls.append(self.subjects.stream("blobs"), subject, chunk, 0, None)
 
     async def last(self, subject: str) -> Record | None:
         record = await self._last_raw(stream_of(self.subjects, subject), subject)
@@ -198,7 +144,9 @@ class NatsBus:
 
     async def get(self, stream: StreamName, seq: int) -> Record | None:
         request = json.dumps({"seq": seq}).encode()
-        answer = await self._request(f"{API}.DIRECT.GET.{self.subjects.stream(stream)}", request)
+        answer = await self._calls.request(
+            f"{API}.DIRECT.GET.{self.subjects.stream(stream)}", request
+        )
         if answer.status:
             return None
         return await self._resolved(parse_direct(answer.headers, answer.data))
@@ -219,7 +167,7 @@ class NatsBus:
 
     async def stream_state(self, stream: StreamName) -> StreamState:
         name = self.subjects.stream(stream)
-        answer = await self._api(f"STREAM.INFO.{name}", {})
+        answer = await self._calls.api(f"STREAM.INFO.{name}", {})
         if isinstance(answer, ApiError):
             raise BusUnavailable(f"stream {name}: {answer.description}")
         state = answer["state"]
@@ -237,7 +185,7 @@ class NatsBus:
         if subject is not None:
             request["filter"] = subject
         name = self.subjects.stream(stream)
-        answer = await self._api(f"STREAM.PURGE.{name}", request)
+        answer = await self._calls.api(f"STREAM.PURGE.{name}", request)
         if isinstance(answer, ApiError):
             raise BusUnavailable(f"purge of {name}: {answer.description}")
 
@@ -247,7 +195,7 @@ class NatsBus:
     ) -> WorkQueue:
         queue = NatsWorkQueue(
             self._link,
-            self._request,
+            self._calls.request,
             self._resolved,
             self.subjects.stream(stream),
             durable,
@@ -261,17 +209,17 @@ class NatsBus:
     async def put_control(self, key: str, payload: bytes) -> None:
         self._check_size(key, payload)
         subject = f"$KV.{self._bucket}.{key}"
-        await self._append(f"KV_{self._bucket}", subject, payload, None, None)
+        await self._calls.append(f"KV_{self._bucket}", subject, payload, None, None)
 
     async def get_control(self, key: str) -> bytes | None:
         subject = f"$KV.{self._bucket}.{key}"
-        answer = await self._request(f"{API}.DIRECT.GET.KV_{self._bucket}.{subject}", b"")
+        answer = await self._calls.request(f"{API}.DIRECT.GET.KV_{self._bucket}.{subject}", b"")
         return None if answer.status or "KV-Operation" in answer.headers else answer.data
 
     # --- inside
     async def _last_raw(self, stream: StreamName, subject: str) -> Record | None:
         name = self.subjects.stream(stream)
-        answer = await self._request(f"{API}.DIRECT.GET.{name}.{subject}", b"")
+        answer = await self._calls.request(f"{API}.DIRECT.GET.{name}.{subject}", b"")
         return None if answer.status else parse_direct(answer.headers, answer.data)
 
     async def _resolved(self, record: Record) -> Record:
@@ -286,34 +234,6 @@ class NatsBus:
     async def _fetch_chunk(self, subject: str) -> bytes | None:
         record = await self._last_raw("blobs", subject)
         return None if record is None else record.payload
-
-    async def _api(self, call: str, request: dict[str, Any]) -> dict[str, Any] | ApiError:
-        deadline = time.monotonic() + self._link.retry_s
-        while True:
-            answer = await self._request(f"{API}.{call}", json.dumps(request).encode())
-            parsed = parse_answer(answer.data)
-            if not isinstance(parsed, ApiError) or not parsed.is_transient:
-                return parsed
-            if time.monotonic() >= deadline:
-                raise self._link.unavailable(f"{call}: {parsed.description}")
-            await asyncio.sleep(RETRY_PAUSE_S)
-
-    async def _request(self, subject: str, payload: bytes) -> Answer:
-        """Send an idempotent request until it is answered, within the retry bound."""
-        deadline = time.monotonic() + self._link.retry_s
-        while True:
-            await self._link.until_up(deadline)
-            try:
-                answer = await self._link.attempt(subject, payload)
-                if answer.status != "503":
-                    return answer
-                problem = f"{subject}: no responders; does the stream exist, is JetStream on?"
-            except AttemptFailed as error:
-                problem = str(error)
-            self.counters["request_retries"] += 1
-            if time.monotonic() >= deadline:
-                raise self._link.unavailable(problem)
-            await asyncio.sleep(RETRY_PAUSE_S)
 
     def _check_size(self, subject: str, payload: bytes) -> None:
         if len(payload) > self.max_payload:

@@ -24,6 +24,7 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from shared.runtime.errors import BusUnavailable, Denied, PayloadTooLarge
 from shared.runtime.logs import Log
+from shared.runtime.pending_requests import Answer, AttemptFailed, PendingRequests
 
 RECONNECT_FIRST_S = 0.05
 RECONNECT_MAX_S = 2.0
@@ -34,26 +35,6 @@ SILENT_ERROR_S = 5.0
 """A repeated connection error is logged once in so many seconds."""
 
 _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
-
-
-class AttemptFailed(Exception):
-    """One attempt of a request got no answer; another may."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The reply to a request."""
-
-    status: str
-    """Of a message without content from the server itself: 404, 408, 409, 503; else empty."""
-    headers: dict[str, str]
-    data: bytes
-
-
-@dataclass(slots=True)
-class _Waiting:
-    subject: str
-    future: asyncio.Future[Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +62,7 @@ class NatsLink:
         """Of every inbox of this connection, so that permissions can be granted per service."""
         self._next_token = 0
         self._handlers: dict[str, OnMessage] = {}
-        self._waiting: dict[str, _Waiting] = {}
+        self._requests = PendingRequests()
         self._up = asyncio.Event()
         self._down_since = time.monotonic()
         self._closing = False
@@ -154,7 +135,7 @@ class NatsLink:
             self._log.warning("bus_close_unflushed")
         await self._close_client()
         self._up.clear()
-        self._fail_waiting("the bus is closed")
+        self._requests.fail(AttemptFailed("the bus is closed"))
 
     async def _close_client(self) -> None:
         try:
@@ -250,8 +231,7 @@ class NatsLink:
         if not self._up.is_set():
             raise AttemptFailed("not connected")
         inbox = self.new_inbox()
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[inbox] = _Waiting(subject, future)
+        future = self._requests.expect(inbox, subject)
         try:
             await self.client.publish(subject, payload, inbox, headers)
             async with asyncio.timeout(timeout_s or self.attempt_s):
@@ -263,7 +243,7 @@ class NatsLink:
         except (nats.errors.Error, OSError) as error:
             raise AttemptFailed(f"{subject}: {error!r}") from error
         finally:
-            self._waiting.pop(inbox, None)
+            self._requests.forget(inbox)
 
     async def barrier(self, subject: str) -> None:
         """Wait until the server has processed everything sent before, and refused what it refuses.
@@ -278,8 +258,7 @@ class NatsLink:
 
     async def _echo(self, timeout_s: float) -> None:
         inbox = self.new_inbox()
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting[inbox] = _Waiting(inbox, future)
+        future = self._requests.expect(inbox, inbox)
         try:
             await self.client.publish(inbox, b"")
             async with asyncio.timeout(timeout_s):
@@ -287,7 +266,7 @@ class NatsLink:
         except (TimeoutError, nats.errors.Error, OSError) as error:
             raise AttemptFailed(f"no echo: {error!r}") from error
         finally:
-            self._waiting.pop(inbox, None)
+            self._requests.forget(inbox)
 
     async def subscribe(
         self, subject: str, queue: str, handler: Callable[[Msg], Awaitable[None]]
@@ -317,12 +296,7 @@ class NatsLink:
 
     # --- what nats-py calls
     async def _on_inbox(self, msg: Msg) -> None:
-        waiting = self._waiting.get(msg.subject)
-        if waiting is not None:
-            if not waiting.future.done():
-                headers = msg.headers or {}
-                status = headers.get("Status", "") if not msg.data else ""
-                waiting.future.set_result(Answer(status, headers, msg.data))
+        if self._requests.answer(msg.subject, msg.headers or {}, msg.data):
             return
         handler = self._handlers.get(msg.subject)
         if handler is None:
@@ -357,9 +331,7 @@ class NatsLink:
         self._log.error("bus_denied", act=act, subject=subject)
         if act == "subscription":
             self._denied[subject] = message
-        for waiting in self._waiting.values():
-            if waiting.subject.lower() == subject and not waiting.future.done():
-                waiting.future.set_exception(Denied(message))
+        self._requests.fail(Denied(message), subject)
 
     async def _on_disconnected(self) -> None:
         if self._up.is_set():
@@ -367,7 +339,7 @@ class NatsLink:
             self._down_since = time.monotonic()
             if not self._closing:
                 self._log.warning("bus_disconnected")
-        self._fail_waiting("the connection dropped")
+        self._requests.fail(AttemptFailed("the connection dropped"))
         for callback in list(self.on_down):
             callback()
 
@@ -381,11 +353,6 @@ class NatsLink:
         if not self._closing:
             self._dead = f"the server closed the connection: {self.client.last_error}"
             self._log.error("bus_closed_by_server", error=str(self.client.last_error))
-
-    def _fail_waiting(self, reason: str) -> None:
-        for waiting in self._waiting.values():
-            if not waiting.future.done():
-                waiting.future.set_exception(AttemptFailed(reason))
 
 
 def _next_server(servers: list[Server], _info: dict[str, Any]) -> tuple[Server, float]:

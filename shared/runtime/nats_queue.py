@@ -20,7 +20,8 @@ from shared.runtime.jetstream import (
     pull_request,
     queue_config,
 )
-from shared.runtime.nats_link import Answer, AttemptFailed, Delivered, Msg, NatsLink
+from shared.runtime.nats_link import Delivered, Msg, NatsLink
+from shared.runtime.pending_requests import Answer, AttemptFailed
 
 Request = Callable[[str, bytes], Awaitable[Answer]]
 """One request, retried within the bound of the bus."""

@@ -21,7 +21,8 @@ from shared.runtime.jetstream import (
     pull_request,
     reader_config,
 )
-from shared.runtime.nats_link import AttemptFailed, Delivered, Msg, NatsLink
+from shared.runtime.nats_link import Delivered, Msg, NatsLink
+from shared.runtime.pending_requests import AttemptFailed
 
 BATCH = 512
 """Messages of one pull request."""
