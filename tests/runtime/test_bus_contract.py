@@ -546,6 +546,19 @@ async def test_a_worker_that_leaves_does_not_take_jobs_with_it(bus, new_client):
     assert sorted(got) == [b"0", b"1"]
 
 
+async def test_a_work_queue_over_a_log_leaves_the_log_whole(bus, new_client):
+    for i in range(4):
+        await bus.append(bus.subjects.terminal(f"t{i}"), b"%d" % i)
+    queue = await bus.work_queue("terminals", "oracle", ack_wait_s=20, max_ack_pending=100)
+    jobs = await queue.next(3, 5)
+    for job in jobs:
+        await job.ack()
+    other = await new_client()
+    again = await other.work_queue("terminals", "oracle", ack_wait_s=20, max_ack_pending=100)
+    assert [job.record.payload for job in await again.next(3, 5)] == [b"3"]
+    assert [r.seq for r in await take(bus, "terminals", 1, 4)] == [1, 2, 3, 4]
+
+
 # --- control bucket
 
 
