@@ -14,6 +14,9 @@ WINDOW = 8
 
 EVENTS_SHOWN = 6
 
+MIN_GAP_S = 1.5
+"""Rates are taken over at least so long: services count in steps of about a second."""
+
 GENERATED_COUNTER = "sampled_tokens"
 """Counter of the rollouts' leases."""
 
@@ -95,7 +98,7 @@ class Progress:
         if known is not None and known.lease.incarnation == lease.incarnation:
             pod.busy_share, pod.tokens_per_s = known.busy_share, known.tokens_per_s
             passed_s = lease.sent_at - known.lease.sent_at
-            if passed_s > 0.2:
+            if passed_s >= MIN_GAP_S:
                 pod.busy_share = _clipped((lease.busy_s - known.lease.busy_s) / passed_s)
                 pod.tokens_per_s = (_generated(lease) - _generated(known.lease)) / passed_s
             else:

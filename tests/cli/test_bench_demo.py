@@ -26,9 +26,7 @@ def test_ten_good_seeds_pass() -> None:
 def test_one_seed_of_ten_may_miss_the_mark_two_may_not() -> None:
     miss = {"success_final": 0.55}
     assert judge(ten(miss)) == []
-    assert judge(ten(miss, miss)) == [
-        "8 of 10 seeds went from <= 0.15 to >= 0.6"
-    ]
+    assert judge(ten(miss, miss)) == ["8 of 10 seeds went from <= 0.15 to >= 0.6"]
 
 
 @pytest.mark.parametrize(
