@@ -2,7 +2,7 @@
 # Install into a virtual environment: scripts/install.sh VENV EXTRA
 #
 # torch comes first, and only as a CPU build: PyPI's default Linux build brings gigabytes of CUDA.
-# Seconds spent are added to VENV/.install_s, which the demo's summary reports.
+# What the demo's installation took goes to VENV/.install_s, for its summary.
 set -euo pipefail
 
 venv=$1
@@ -56,12 +56,6 @@ fi
 say ".[$extra]"
 pip install --quiet --constraint constraints.txt --editable ".[$extra]"
 
-spent=$("$venv/bin/python" - "$venv/.install_s" "$started" <<'PYTHON'
-import pathlib, sys, time
-path, spent = pathlib.Path(sys.argv[1]), time.time() - float(sys.argv[2])
-before = float(path.read_text()) if path.exists() else 0.0
-path.write_text(f"{before + spent:.1f}\n")
-print(f"{spent:.1f}")
-PYTHON
-)
+spent=$("$venv/bin/python" -c "import time; print(f'{time.time() - $started:.1f}')")
+[ "$extra" != demo ] || echo "$spent" >"$venv/.install_s"
 say "done in $spent s"
