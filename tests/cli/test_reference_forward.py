@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from shared.cli import reference_forward
 from shared.cli.reference_forward import (
     Query,
     ReferenceConfig,
     ReferencePolicy,
     StoredTensor,
     read_safetensors,
+    rotary_angles,
 )
 
 
@@ -68,6 +72,30 @@ def _expected(model: Qwen3ForCausalLM, token_ids: np.ndarray, temperature: float
     return logprobs[np.arange(len(token_ids) - 1), token_ids[1:]].numpy()
 
 
+@pytest.fixture
+def exact_angles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary angles without their float32 rounding, as `_model` computes them."""
+
+    def angles(config: ReferenceConfig, length: int) -> np.ndarray:
+        halves = np.arange(0, config.head_dim, 2) / config.head_dim
+        return np.arange(length)[:, None] * config.rope_theta**-halves
+
+    monkeypatch.setattr(reference_forward, "rotary_angles", angles)
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(24, 1e4), (64, 1e6), (128, 1e4)])
+def test_rotary_angles_are_transformers_own_to_the_bit(head_dim: int, theta: float) -> None:
+    config = Qwen3Config(
+        head_dim=head_dim, rope_parameters={"rope_type": "default", "rope_theta": theta}
+    )
+    rotary = Qwen3RotaryEmbedding(config)
+    assert rotary.inv_freq.dtype == torch.float32
+    angles = torch.arange(100).float()[:, None] * rotary.inv_freq
+    ours = rotary_angles(SimpleNamespace(head_dim=head_dim, rope_theta=theta), 100)  # type: ignore[arg-type]
+    assert np.array_equal(ours, angles.numpy())
+
+
+@pytest.mark.usefixtures("exact_angles")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_it_equals_transformers_in_float64(tmp_path: Path, tied: bool, attention: str) -> None:
@@ -85,6 +113,7 @@ def test_it_equals_transformers_in_float64(tmp_path: Path, tied: bool, attention
         assert np.abs(want).max() > 0.5
 
 
+@pytest.mark.usefixtures("exact_angles")
 def test_attention_biases_are_applied(tmp_path: Path) -> None:
     model = _model(True, attention_bias=True)
     reference = _reference(model, tmp_path)
