@@ -23,7 +23,7 @@ class EnvAgentsSection(Section):
     backoff_s: float = Field(default=0.05, gt=0)
     """First wait before asking again when no rollout can serve now; doubles, with jitter."""
     backoff_max_s: float = Field(default=1.0, gt=0)
-    ack_wait_s: float = Field(default=30.0, gt=0)
+    ack_wait_s: float = Field(default=10.0, gt=0)
     """A ticket whose player says nothing for so long is delivered to another."""
     max_ack_pending: int = Field(default=16384, gt=0)
     """Tickets in play over all env agents; at least the admission bound."""

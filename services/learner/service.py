@@ -255,16 +255,18 @@ class _Shell:
                 continue  # an env was faster: its terminal counts, and is about to be read
             self._context.count("deadline_terminals")
 
-    async def _put_control(self) -> None:
-        low = oldest_needed(
+    def _low_water_mark(self) -> int:
+        return oldest_needed(
             self._learner.version,
             issue_versions=self._desk.admission.outstanding.values(),
             checkpoint_versions=self._learner.retained_versions,
         )
+
+    async def _put_control(self) -> None:
         control = Control(
             phase=self._phase,
             head_version=self._learner.version,
-            oldest_needed=low,
+            oldest_needed=self._low_water_mark(),
             updated_at=time.time(),
         )
         await self._bus.put_control("control", encode(control))
@@ -275,6 +277,9 @@ class _Shell:
         if archived is None:
             return
         positions = cast("dict[str, int]", msgpack.unpackb(archived))
+        low = min(self._low_water_mark(), positions.get("versions", -1))
+        if low >= 0:
+            await self._publisher.purge_below(low)
         for name in ("terminals", "scores"):
             floor = min(self._learner.floors.get(name, 0), positions.get(name, 0) + 1)
             if floor > 1:

@@ -18,8 +18,13 @@ QUIET_ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "MALLOC_ARENA_MAX": "2",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "GOMEMLIMIT": "128MiB",
 }
-"""Without one thread per process, generation collapses when processes share cores."""
+"""Without one thread per process, generation collapses when processes share cores. The last three
+bound memory on a laptop: glibc's arenas, kernels kept per shape, and nats-server's heap (a soft
+limit for its garbage collector)."""
 
 _SETTINGS = "LAGWISE_"
 

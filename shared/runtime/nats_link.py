@@ -34,6 +34,12 @@ CLOSE_BOUND_S = 3.0
 SILENT_ERROR_S = 5.0
 """A repeated connection error is logged once in so many seconds."""
 
+STALE_S = 2.0
+"""A lost connection whose socket has not closed by then is aborted."""
+
+_SEND_ERRORS = (nats.errors.Error, OSError, RuntimeError)
+"""What a publish may raise on a broken connection; uvloop raises RuntimeError on a closed handle."""
+
 _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
 
@@ -210,7 +216,7 @@ class NatsLink:
             await self.client.publish(subject, payload, reply, headers)
         except nats.errors.MaxPayloadError:
             raise PayloadTooLarge(subject, len(payload), self.client.max_payload) from None
-        except (nats.errors.Error, OSError) as error:
+        except _SEND_ERRORS as error:
             self.counters["core_dropped"] += 1
             self._log.warning("publish_dropped", subject=subject, error=repr(error))
 
@@ -240,7 +246,7 @@ class NatsLink:
             raise AttemptFailed(f"{subject}: no answer") from None
         except nats.errors.MaxPayloadError:
             raise PayloadTooLarge(subject, len(payload), self.client.max_payload) from None
-        except (nats.errors.Error, OSError) as error:
+        except _SEND_ERRORS as error:
             raise AttemptFailed(f"{subject}: {error!r}") from error
         finally:
             self._requests.forget(inbox)
@@ -263,7 +269,7 @@ class NatsLink:
             await self.client.publish(inbox, b"")
             async with asyncio.timeout(timeout_s):
                 await future
-        except (TimeoutError, nats.errors.Error, OSError) as error:
+        except (TimeoutError, *_SEND_ERRORS) as error:
             raise AttemptFailed(f"no echo: {error!r}") from error
         finally:
             self._requests.forget(inbox)
@@ -319,10 +325,23 @@ class NatsLink:
             self._on_denied(denied[1], denied[2])
             return
         self.counters["connection_errors"] += 1
+        if not self.client.is_connected:
+            asyncio.get_running_loop().call_later(STALE_S, self._abort_stale)
         now = time.monotonic()
         if now >= self._quiet_until and not self._closing:
             self._quiet_until = now + SILENT_ERROR_S
             self._log.warning("bus_error", error=repr(error))
+
+    def _abort_stale(self) -> None:
+        """Reset a socket that nats-py still waits to see closed: it waits without a bound."""
+        if not self._up.is_set() or self.client.is_connected or self._closing:
+            return
+        transport = cast(Any, self.client)._transport
+        writer = getattr(transport, "_io_writer", None)
+        if writer is not None:
+            self.counters["stale_connections"] += 1
+            self._log.warning("bus_connection_aborted")
+            writer.transport.abort()
 
     def _on_denied(self, act: str, subject: str) -> None:
         """A permission violation: nats-py tells nobody else. `subject` arrives in lower case."""
