@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from shared.runtime.leases import LeaseBoard
 
 from shared.backends.base import Backend
 from shared.runtime.context import Context
 from shared.runtime.errors import Fatal
+from shared.runtime.leases import LeaseBoard
 from shared.weights.canary import backend_scorer, canary_tokens, make_canary
 from shared.weights.publisher import Published, Publisher, verify_same
 from shared.wire.telemetry import Lease

@@ -18,8 +18,6 @@ from typing import Literal, cast
 
 import msgpack
 import torch
-from shared.runtime.intake import accept
-from shared.runtime.leases import LeaseBoard
 
 from services.learner.config import LearnerConfig
 from services.learner.deadlines import Pauses, deadline_terminal, overdue
@@ -37,6 +35,8 @@ from shared.backends.torch_backend import TorchBackend
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
 from shared.runtime.errors import BusError, ConfigError, Conflict
+from shared.runtime.intake import accept
+from shared.runtime.leases import LeaseBoard
 from shared.weights.publisher import Publisher
 from shared.weights.retention import oldest_needed
 from shared.wire.base import Message

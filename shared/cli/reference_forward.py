@@ -156,7 +156,8 @@ def rotary_angles(config: ReferenceConfig, length: int) -> npt.NDArray[np.float3
     """
     halves = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     periods = (config.rope_theta ** halves.astype(np.float64)).astype(np.float32)
-    return np.arange(length, dtype=np.float32)[:, None] * (np.float32(1.0) / periods)
+    frequencies = (np.float32(1.0) / periods).astype(np.float32)
+    return (np.arange(length, dtype=np.float32)[:, None] * frequencies).astype(np.float32)
 
 
 class ReferencePolicy:

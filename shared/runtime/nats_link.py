@@ -38,7 +38,7 @@ STALE_S = 2.0
 """A lost connection whose socket has not closed by then is aborted."""
 
 _SEND_ERRORS = (nats.errors.Error, OSError, RuntimeError)
-"""What a publish may raise on a broken connection; uvloop raises RuntimeError on a closed handle."""
+"""What a publish may raise on a broken connection; uvloop: RuntimeError on a closed handle."""
 
 _DENIED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 

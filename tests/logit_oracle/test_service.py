@@ -221,10 +221,10 @@ async def test_two_oracles_share_the_load_and_no_terminal_has_two_scores(
 async def test_a_crash_between_the_score_and_its_acknowledgement_is_harmless(
     rig, sequence, trajectory, monkeypatch
 ) -> None:
-    from shared.runtime import memory_bus
+    from shared.runtime import memory_queue
 
     await rig.publish(1)
-    ack, lost = memory_bus._MemoryJob.ack, []
+    ack, lost = memory_queue.MemoryJob.ack, []
 
     async def die_once(job) -> None:
         if not lost:
@@ -232,7 +232,7 @@ async def test_a_crash_between_the_score_and_its_acknowledgement_is_harmless(
             raise RuntimeError("killed before the acknowledgement")
         await ack(job)
 
-    monkeypatch.setattr(memory_bus._MemoryJob, "ack", die_once)
+    monkeypatch.setattr(memory_queue.MemoryJob, "ack", die_once)
     terminal = await rig.play(trajectory(sequence([(0, 4, 8)])))
     with pytest.raises(ExceptionGroup):
         async with rig.oracle(ack_wait_s=0.3):
