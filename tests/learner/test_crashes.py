@@ -29,7 +29,7 @@ from shared.runtime.memory_server import MemoryServer
 from shared.runtime.sections import AdmissionSection, ModelSection, RunSection, TelemetrySection
 from shared.wire.base import Array
 from shared.wire.codec import content_digest, decode, encode
-from shared.wire.journal import Batch, Issued, JournalEntry, RunFinished
+from shared.wire.journal import Batch, Disposed, Issued, JournalEntry, RunFinished
 from shared.wire.messages import Layout, Score, SequenceScore, Terminal, Ticket, VersionScore
 from shared.wire.subjects import Subjects
 from shared.wire.weights import Manifest
@@ -98,8 +98,12 @@ def config_for(model_dir: Path, run_dir: Path) -> LearnerConfig:
     )
 
 
-async def play(bus: MemoryBus, make: ModuleType) -> None:
-    """Env agent, rollout and oracle in one: plays tickets for ever, scores what it played."""
+async def play(bus: MemoryBus, make: ModuleType, laggard: str = "") -> None:
+    """Env agent, rollout and oracle in one: plays tickets for ever, scores what it played.
+
+    Groups whose id ends in `laggard` end only when the policy has moved on by three versions, and
+    carry the version they were issued at.
+    """
     await bus.wait_for_streams(10.0)
     queue = await bus.work_queue("tickets", "env_agents", ack_wait_s=5.0, max_ack_pending=1000)
     while True:
@@ -108,6 +112,11 @@ async def play(bus: MemoryBus, make: ModuleType) -> None:
             head = await bus.last(bus.subjects.manifest)
             assert head is not None
             version = decode(head.payload, Manifest).version
+            if laggard and ticket.group_id.endswith(laggard) and ticket.purpose == "train":
+                if version < min(ticket.issue_version + 3, NUM_VERSIONS - 1):
+                    await job.nak(0.01)
+                    continue
+                version = ticket.issue_version
             played = make.trajectory(float(ticket.member % 2), (version,) * 4)
             terminal = Terminal(
                 ticket_id=ticket.ticket_id,
@@ -147,9 +156,9 @@ def score(ticket: Ticket, seq: int, payload: bytes, version: int) -> Score:
 
 
 @asynccontextmanager
-async def players(server: MemoryServer, make: ModuleType) -> AsyncIterator[None]:
+async def players(server: MemoryServer, make: ModuleType, laggard: str = "") -> AsyncIterator[None]:
     bus = MemoryBus(Subjects("crash"), server)
-    task = asyncio.create_task(play(bus, make))
+    task = asyncio.create_task(play(bus, make, laggard))
     try:
         yield
     finally:
@@ -239,3 +248,31 @@ async def test_replay_that_gives_other_bytes_is_refused(
         )
         with pytest.raises(Fatal, match="other bytes than the committed"):
             await learn(server, config.model_copy(update={"learner": other}), "second", None)
+
+
+@pytest.mark.parametrize("on_stale", ["drop", "mask"])
+async def test_without_hold_stale_groups_are_dropped_or_masked_and_accounted_for(
+    on_stale: str, model_dir: Path, tmp_path: Path, make: ModuleType
+) -> None:
+    server, config = MemoryServer(), config_for(model_dir, tmp_path)
+    admission = config.admission.model_copy(update={"on_stale": on_stale, "max_staleness": 1})
+    async with players(server, make, laggard="1"):
+        assert not await learn(
+            server, config.model_copy(update={"admission": admission}), "first", None
+        )
+    entries = [e.body for e in await journal_of(server)]
+    groups = [g for b in entries if isinstance(b, Batch) for g in b.groups]
+    trained = {m.ticket_id for g in groups for m in g.members}
+    dropped = {t for b in entries if isinstance(b, Disposed) for t in b.ticket_ids}
+    issued = {t.ticket_id for b in entries if isinstance(b, Issued) for t in b.tickets
+              if t.purpose == "train"}  # fmt: skip
+    [finished] = [b for b in entries if isinstance(b, RunFinished)]
+    assert issued == trained | dropped | set(finished.unfinished)
+    masked = [g.group_id for g in groups if g.masked_versions]
+    if on_stale == "drop":
+        assert dropped
+        assert not masked
+    else:
+        assert not dropped
+        assert masked
+        assert all(group_id.endswith("1") for group_id in masked)
