@@ -67,11 +67,15 @@ class Admission:
             ready: ids of complete groups.
             hold: apply the hold rule; False for `on_stale: mask | drop`.
         """
+        ready = set(ready)
         oldest_first = sorted(ready, key=lambda group: (self.outstanding[group], group))
         batch = tuple(oldest_first[: self.groups_per_version - self.trained_since_publication])
         if len(batch) + self.trained_since_publication < self.groups_per_version:
             return ()
-        return () if hold and self.held_by(batch) is not None else batch
+        # With nothing left to wait for a hold could not end (P or η were lowered on restart):
+        # the step starts, and what is over age is masked.
+        can_wait = any(group not in ready for group in self.outstanding)
+        return () if hold and can_wait and self.held_by(batch) is not None else batch
 
     def held_by(self, batch: Iterable[str]) -> int | None:
         """Return the issue version whose groups forbid training `batch` now, or None.

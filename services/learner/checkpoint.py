@@ -34,6 +34,7 @@ class CheckpointStore:
         self._folder = folder
         self._keep = keep
         self._log = log
+        self._known: list[Checkpoint] | None = None
 
     def save(
         self,
@@ -68,12 +69,23 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             reason = error.strerror or str(error)
             raise Fatal(f"checkpoint {final}: {reason}: free some space and restart") from error
-        for old in self.all()[: -self._keep]:
+        saved = Checkpoint(final, version, digest, optimizer_steps, floors)
+        known = [c for c in self.all() if c.version < version] + [saved]
+        for old in known[: -self._keep]:
             shutil.rmtree(old.path, ignore_errors=True)
-        return Checkpoint(final, version, digest, optimizer_steps, floors)
+        self._known = known[-self._keep :]
+        return saved
 
     def all(self) -> list[Checkpoint]:
-        """Return the complete checkpoints, oldest first; damaged ones are skipped, logged."""
+        """Return the complete checkpoints, oldest first, as of the start and what was saved since.
+
+        Damaged ones are skipped and logged.
+        """
+        if self._known is None:
+            self._known = self._read()
+        return list(self._known)
+
+    def _read(self) -> list[Checkpoint]:
         found: list[Checkpoint] = []
         for path in sorted(self._folder.glob("v[0-9]*")):
             try:

@@ -31,6 +31,8 @@ class EvalSection(Section):
 
     episodes: int = Field(default=512, ge=0)
     """At the first and the last version; 0 = none."""
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Of each evaluation ticket: the whole round is queued at once."""
     progress_episodes: int = Field(default=0, ge=0)
     progress_every: int = Field(default=20, gt=0)
     """Versions between evaluations during training."""

@@ -26,18 +26,32 @@ class Pauses:
         """Note a pause of `seconds` that ended at `ended_at` (Unix seconds)."""
         self._pauses.append((ended_at, seconds))
 
-    def allowance_s(self, deadline: float) -> float:
-        """Return by how much a deadline moves: the pauses that ended before it was extended to."""
+    def allowance_s(self, issued_at: float, deadline: float) -> float:
+        """Return by how much a deadline moves: the pauses between issue and extended deadline."""
         extended = deadline
         for ended_at, seconds in self._pauses:
-            if ended_at - seconds < extended:
-                extended += seconds
+            started_at = ended_at - seconds
+            if ended_at > issued_at and started_at < extended:
+                extended += ended_at - max(started_at, issued_at)
         return extended - deadline
 
 
-def overdue(tickets: Iterable[Ticket], now: float, pauses: Pauses) -> list[Ticket]:
-    """Return the tickets whose deadline, moved by the pauses, is over."""
-    return [t for t in tickets if now > t.deadline + pauses.allowance_s(t.deadline)]
+def overdue(
+    tickets: Iterable[Ticket], now: float, pauses: Pauses, *, lifetime_s: float
+) -> list[Ticket]:
+    """Return the tickets whose deadline, moved by the pauses, is over.
+
+    Args:
+        tickets: without a terminal yet.
+        now: Unix seconds.
+        pauses: outages so far.
+        lifetime_s: from issue to deadline.
+    """
+    return [
+        ticket
+        for ticket in tickets
+        if now > ticket.deadline + pauses.allowance_s(ticket.deadline - lifetime_s, ticket.deadline)
+    ]
 
 
 def deadline_terminal(ticket: Ticket, pod: str, attempt_id: str) -> Terminal:

@@ -24,6 +24,7 @@ from services.learner.staging import (
     Refused,
     ScoreArrived,
     Scored,
+    ScoreLost,
     Staging,
     TerminalArrived,
 )
@@ -74,7 +75,7 @@ class Desk:
         ticket = self._journal.state.open_tickets.get(event.ticket_id)
         if ticket is not None and ticket.purpose == "eval":
             if ticket.group_id in self.rounds:
-                self.rounds[ticket.group_id].record(event.ticket_id, event.outcome)
+                self.rounds[ticket.group_id].record(event.ticket_id, event.outcome, event.seq)
                 self.changed.set()
             return
         if ticket is not None and event.outcome.kind == "trajectory":
@@ -85,6 +86,18 @@ class Desk:
     def score(self, event: ScoreArrived) -> None:
         """Take in old log-probs."""
         self._apply(event)
+
+    def score_lost(self, ticket_id: str, cause: str) -> None:
+        """Give up on a score: the ticket counts as failed, so that no group waits for ever."""
+        self._context.count("scores_lost")
+        self._context.log.warning("score_lost", ticket_id=ticket_id, cause=cause)
+        self._apply(ScoreLost(ticket_id))
+
+    def floors(self, next_terminal: int, next_score: int) -> dict[str, int]:
+        """Return by stream the lowest sequence that an open group or evaluation still needs."""
+        floors = self.staging.floors(next_terminal, next_score)
+        rounds = [r.lowest_seq for r in self.rounds.values() if r.lowest_seq is not None]
+        return floors | {"terminals": min([floors["terminals"], *rounds])}
 
     def adopt(self, group_id: str, tickets: list[Ticket], issue_version: int) -> None:
         """Take over a group of an earlier learner process."""
@@ -142,7 +155,7 @@ class Desk:
                 self._journal.state,
                 self._config,
                 version=version,
-                now=self._clock(),
+                deadline=self._clock() + self._config.learner.eval.deadline_s,
             )
             round_ = EvaluationRound.of(tickets)
             self.rounds[tickets[0].group_id] = round_

@@ -20,11 +20,14 @@ class EvaluationRound:
     tickets: dict[str, Ticket]
     """By ticket id; all of one evaluation."""
     outcomes: dict[str, Outcome] = field(default_factory=dict[str, Outcome])
+    lowest_seq: int | None = None
+    """Lowest sequence among its stored terminals."""
 
-    def record(self, ticket_id: str, outcome: Outcome) -> None:
+    def record(self, ticket_id: str, outcome: Outcome, seq: int) -> None:
         """Keep the first outcome of a ticket of this round; others are ignored."""
         if ticket_id in self.tickets:
             self.outcomes.setdefault(ticket_id, outcome)
+            self.lowest_seq = seq if self.lowest_seq is None else min(self.lowest_seq, seq)
 
     @classmethod
     def of(cls, tickets: Sequence[Ticket]) -> EvaluationRound:

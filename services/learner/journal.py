@@ -72,11 +72,6 @@ class JournalState:
             case _:
                 assert_never(body)
 
-    @property
-    def next_version(self) -> int:
-        """Version the next batch steps from."""
-        return max(self.batches, default=-1) + 1
-
     def open_groups(self) -> dict[str, list[Ticket]]:
         """Open training tickets by group, in issue order."""
         groups: dict[str, list[Ticket]] = {}
@@ -119,11 +114,11 @@ class JournalState:
         self.cursor = body.cursor or self.cursor
 
     def _dispose(self, body: Disposed) -> None:
-        for ticket_id in body.ticket_ids:
-            ticket = self.open_tickets[ticket_id]
-            if ticket.purpose == "train":
-                self.issue_versions.pop(ticket.group_id, None)
+        groups = {self.open_tickets[ticket_id].group_id for ticket_id in body.ticket_ids}
         self._close(body.ticket_ids)
+        # A group may leave in two entries; between them it is still open.
+        for group_id in groups - self.open_groups().keys():
+            self.issue_versions.pop(group_id, None)
 
     def _close(self, ticket_ids: list[str] | tuple[str, ...]) -> None:
         for ticket_id in ticket_ids:

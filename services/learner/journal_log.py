@@ -49,6 +49,10 @@ class JournalLog:
         Raises:
             Fenced: another learner has written since.
         """
+        # Whoever waits may be cancelled; what was sent may be stored, and must then be applied.
+        await asyncio.shield(self._store(body))
+
+    async def _store(self, body: JournalBody) -> None:
         async with self._writing:
             self._last_seq = await self._append(body)
             self.state.apply(body)

@@ -39,9 +39,11 @@ from shared.backends.base import Backend
 from shared.runtime.context import Context
 from shared.weights.publisher import Published
 from shared.wire.base import Array
-from shared.wire.codec import encode
+from shared.wire.codec import decode, encode
 from shared.wire.journal import Batch, RunFinished, RunStarted
 from shared.wire.telemetry import StepReport
+
+_RECHECK_S = 0.5
 
 
 class Learner:
@@ -82,6 +84,9 @@ class Learner:
         self._previous: dict[str, torch.Tensor] = {}
         """The head's tensors right after a restart: base of the first delta."""
         self._wait_s = 0.0
+        self._checkpoint_s = 0.0
+        self._reported = 0
+        """Newest version whose report is on the log."""
         self.version = 0
         self.optimizer_steps = 0
 
@@ -128,6 +133,9 @@ class Learner:
                 config=self._config.model_dump(mode="json"),
             )
         )
+        # Read the head only now: whoever owned the run before is fenced from here on.
+        await self._publication.start()
+        self._reported = await self._last_report()
         self._context.log.info(
             "run_taken_over", journal_entries=num_entries, from_version=self.version
         )
@@ -141,6 +149,10 @@ class Learner:
         await self._positions.start_at_end()
         await self._recovery.adopt_open_tickets()
         self._context.set_version(self.version)
+
+    async def _last_report(self) -> int:
+        record = await self._context.bus.last(self._context.bus.subjects.stats("step"))
+        return 0 if record is None else decode(record.payload, StepReport).version
 
     # --- training
     async def train(self) -> None:
@@ -170,17 +182,29 @@ class Learner:
         state = self._journal.state
         if self.version not in self.retained_versions:
             await self._checkpoint()
-        if self.version == self._config.learner.versions and state.finished is None:
+        if self.complete and not self.finished:
             unfinished = tuple(
                 t.ticket_id for t in state.open_tickets.values() if t.purpose == "train"
             )
             await self._journal.write(RunFinished(version=self.version, unfinished=unfinished))
 
+    @property
+    def complete(self) -> bool:
+        """Whether the last version is published and evaluated."""
+        target = self._config.learner.versions
+        evaluated = self._journal.state.evaluation("final", target) is not None
+        return self.version == target and (evaluated or not self._config.learner.eval.episodes)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the journal says so."""
+        finished = self._journal.state.finished
+        return finished is not None and finished.version == self._config.learner.versions
+
     async def _next_groups(self) -> list[CompleteGroup]:
         waiting_since = time.perf_counter()
         while not self._context.stop.is_set():
             self._desk.changed.clear()
-            await self._desk.dispose_failed()
             if self._config.admission.on_stale == "drop":
                 await self._desk.drop_stale()
             groups = self._desk.next_groups()
@@ -194,7 +218,10 @@ class Learner:
         changed = asyncio.ensure_future(self._desk.changed.wait())
         stopped = asyncio.ensure_future(self._context.stop.wait())
         try:
-            await asyncio.wait((changed, stopped), return_when=asyncio.FIRST_COMPLETED)
+            # The bound: several waiters share the event, and one may clear it for another.
+            await asyncio.wait(
+                (changed, stopped), timeout=_RECHECK_S, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
             changed.cancel()
             stopped.cancel()
@@ -216,15 +243,16 @@ class Learner:
             self._desk.admission.publish(self.version)
             self._context.set_version(self.version)
             self._desk.changed.set()
-        checkpoint_s = await self._maybe_checkpoint(replay=replay)
-        if published is None:
-            return  # a version that was committed before: its report is on the log already
-        report = self._report(batch, members, outcome, published, (started_at, trained_at))
-        report.scalars["checkpoint_s"] = checkpoint_s
-        await self._context.bus.append(
-            self._context.bus.subjects.stats("step"), encode(report), msg_id=f"step{self.version}"
-        )
-        self._context.log.info("version", version=self.version, **_headline(report.scalars))
+        if self.version > self._reported:
+            report = self._report(batch, members, outcome, published, (started_at, trained_at))
+            await self._context.bus.append(
+                self._context.bus.subjects.stats("step"),
+                encode(report),
+                msg_id=f"step{self.version}",
+            )
+            self._reported = self.version
+            self._context.log.info("version", version=self.version, **_headline(report.scalars))
+        self._checkpoint_s = await self._maybe_checkpoint(replay=replay)
 
     async def _commit(self, version: int) -> Published | None:
         result = await self._publication.commit(
@@ -250,7 +278,7 @@ class Learner:
                 version=self.version,
                 digest=state_digest(self._backend),
                 optimizer_steps=self.optimizer_steps,
-                floors=self._positions.floors(self._desk.staging),
+                floors=self._positions.floors(self._desk),
             )
         )
         self._journal.state.forget_batches(min(self.retained_versions))
@@ -261,7 +289,7 @@ class Learner:
         batch: Batch,
         members: dict[str, Scored],
         outcome: StepOutcome,
-        published: Published,
+        published: Published | None,
         times: tuple[float, float],
     ) -> StepReport:
         rewards = [m.trajectory.reward for m in members.values()]
@@ -284,8 +312,9 @@ class Learner:
             "entropy": outcome.scalars.get("entropy_mean", 0.0),
             "wait_s": self._wait_s,
             "train_s": times[1] - times[0],
-            "publish_s": published.seconds,
-            "publish_bytes": float(published.num_bytes),
+            "publish_s": published.seconds if published else 0.0,
+            "publish_bytes": float(published.num_bytes) if published else 0.0,
+            "checkpoint_s": self._checkpoint_s,
             "outstanding_groups": float(len(self._desk.admission.outstanding)),
             "ready_groups": float(len(self._desk.ready)),
             "trained_tickets": float(len(members)),
@@ -302,7 +331,7 @@ class Learner:
             version=self.version,
             started_at=times[0],
             trained_at=times[1],
-            published_at=published.manifest.published_at,
+            published_at=published.manifest.published_at if published else times[1],
             scalars=scalars,
             arrays=arrays,
         )
@@ -331,8 +360,20 @@ class Learner:
             self._desk.changed.clear()
             await self._changed_or_stopped()
 
+    async def finish_rounds(self) -> None:
+        """Wait for the evaluations that others have under way; their tickets have deadlines."""
+        while self._desk.rounds and not self._context.stop.is_set():
+            self._desk.changed.clear()
+            await self._changed_or_stopped()
+
     def due_progress(self) -> int | None:
-        """Return the version whose progress evaluation is due now, None when none is."""
+        """Return the version whose progress evaluation is due now, None when none is.
+
+        One that an earlier process left open comes first.
+        """
+        left = [r.version for r in self._desk.rounds.values() if r.name == "progress"]
+        if left:
+            return min(left)
         section = self._config.learner.eval
         due = self.version - self.version % section.progress_every
         if not section.progress_episodes or due == 0 or due >= self._config.learner.versions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.learner.staging import Staging
+from services.learner.desk import Desk
 from shared.runtime.bus import Bus
 
 STREAMS = ("terminals", "scores")
@@ -24,6 +24,6 @@ class Positions:
         for name in STREAMS:
             self.next[name] = (await self._bus.stream_state(name)).last_seq + 1
 
-    def floors(self, staging: Staging) -> dict[str, int]:
+    def floors(self, desk: Desk) -> dict[str, int]:
         """Return by stream the lowest sequence that is still needed."""
-        return staging.floors(self.next["terminals"], self.next["scores"])
+        return desk.floors(self.next["terminals"], self.next["scores"])

@@ -62,6 +62,10 @@ class Publication:
         manifest = self._publisher.head
         return -1 if manifest is None else manifest.version
 
+    async def start(self) -> None:
+        """Read the head of the manifest log: what the next version is appended to."""
+        await self._publisher.start()
+
     async def commit(
         self, version: int, *, epoch: int, optimizer_steps: int, previous: dict[str, torch.Tensor]
     ) -> Published | Manifest:

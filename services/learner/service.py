@@ -50,6 +50,7 @@ ROUTES: dict[str, type[OldLogprobRoute]] = {"oracle": OracleRoute}
 
 _TICK_S = 1.0
 _FOREIGN_RETRY_S = 5.0
+_POLL_S = 0.02
 
 
 async def serve(context: Context, config: LearnerConfig) -> None:
@@ -141,10 +142,11 @@ class _Shell:
         )
         self._phase: Literal["running", "draining", "done"] = "running"
         self._pauses = Pauses()
+        self._waited_s: dict[str, float] = {}
+        """Seconds an unscored trajectory has waited while an oracle was there."""
 
     async def run(self) -> None:
         await self._board.start()
-        await self._publisher.start()
         await self._learner.take_over()
         if self._journal.state.cursor:
             self._source.restore(self._journal.state.cursor)
@@ -162,10 +164,11 @@ class _Shell:
                 )
             ]
             await self._learner.train()
+            await self._learner.finish_rounds()
             for loop in loops:
                 loop.cancel()
         await self._learner.finish()
-        self._phase = "draining" if self._journal.state.finished is None else "done"
+        self._phase = "done" if self._learner.finished else "draining"
         await self._put_control()
 
     # --- arrivals
@@ -205,8 +208,10 @@ class _Shell:
             except ForeignMajor as error:
                 await self._wait_for_upgrade(error)
                 continue
-            if message is not None:
-                with self._context.busy():
+            with self._context.busy():
+                if message is None:
+                    self._desk.score_lost(record.subject.rpartition(".")[2], "unreadable")
+                else:
                     self._desk.score(self._route.arrived(message, record.seq))
             return
 
@@ -218,8 +223,9 @@ class _Shell:
     # --- clocks
     async def _issue(self) -> None:
         while not self._context.stop.is_set():
+            await self._desk.dispose_failed()
             if await self._desk.issue() == 0:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(_POLL_S)
 
     async def _evaluate_progress(self) -> None:
         while True:
@@ -233,20 +239,40 @@ class _Shell:
         while True:
             await asyncio.sleep(_TICK_S)
             now = time.time()
-            if not self._bus.connected:
+            # A call that waited out an outage shows as a late tick, not as a lost connection.
+            if not self._bus.connected or now - last > 3 * _TICK_S:
                 self._pauses.add(now, now - last)
+            else:
+                self._give_up_scores(now - last)
             last = now
             await self._fail_overdue(now)
             await self._put_control()
             await self._purge()
             self._gauges()
 
+    def _give_up_scores(self, elapsed_s: float) -> None:
+        """Count how long trajectories wait for scores while an oracle lives, up to the bound."""
+        if not self._board.live("logit_oracle"):
+            return
+        unscored = self._desk.staging.unscored_tickets
+        self._waited_s = {t: self._waited_s.get(t, 0.0) + elapsed_s for t in unscored}
+        bound_s = self._config.old_logprobs.score_timeout_s
+        for ticket_id, waited_s in self._waited_s.items():
+            if waited_s > bound_s:
+                self._desk.score_lost(ticket_id, f"no score for {waited_s:.0f} s")
+
     async def _fail_overdue(self, now: float) -> None:
         unsettled = set(self._desk.staging.unsettled_tickets)
         for round_ in self._desk.rounds.values():
             unsettled |= round_.tickets.keys() - round_.outcomes.keys()
         waiting = [t for t in self._journal.state.open_tickets.values() if t.ticket_id in unsettled]
-        for ticket in overdue(waiting, now, self._pauses):
+        training = [t for t in waiting if t.purpose == "train"]
+        evaluating = [t for t in waiting if t.purpose == "eval"]
+        lifetimes = (self._config.admission.ticket_deadline_s, self._config.learner.eval.deadline_s)
+        for ticket in (
+            *overdue(training, now, self._pauses, lifetime_s=lifetimes[0]),
+            *overdue(evaluating, now, self._pauses, lifetime_s=lifetimes[1]),
+        ):
             terminal = deadline_terminal(ticket, self._context.pod, uuid.uuid4().hex)
             subject = self._bus.subjects.terminal(ticket.ticket_id)
             try:
@@ -277,16 +303,17 @@ class _Shell:
         if archived is None:
             return
         positions = cast("dict[str, int]", msgpack.unpackb(archived))
-        low = min(self._low_water_mark(), positions.get("versions", -1))
-        if low >= 0:
-            await self._publisher.purge_below(low)
-        for name in ("terminals", "scores"):
-            floor = min(self._learner.floors.get(name, 0), positions.get(name, 0) + 1)
-            if floor > 1:
-                try:
+        try:
+            low = min(self._low_water_mark(), positions.get("versions", -1))
+            if low >= 0:
+                await self._publisher.purge_below(low)
+            for name in ("terminals", "scores"):
+                floor = min(self._learner.floors.get(name, 0), positions.get(name, 0) + 1)
+                if floor > 1:
                     await self._bus.purge(name, floor)
-                except BusError as error:
-                    self._context.log.warning("purge_failed", stream=name, reason=str(error))
+        except BusError as error:
+            # What cannot be purged now is purged at the next tick.
+            self._context.log.warning("purge_failed", reason=str(error))
 
     def _gauges(self) -> None:
         self._context.gauges |= {

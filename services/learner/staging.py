@@ -44,13 +44,20 @@ class ScoreArrived:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreLost:
+    """No usable score will come for this ticket: it counts as failed, never as scored."""
+
+    ticket_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class GroupRemoved:
     """The group was trained or dropped."""
 
     group_id: str
 
 
-Event = GroupIssued | TerminalArrived | ScoreArrived | GroupRemoved
+Event = GroupIssued | TerminalArrived | ScoreArrived | ScoreLost | GroupRemoved
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +128,8 @@ class Staging:
     _scores: dict[str, ScoreArrived] = field(default_factory=dict[str, ScoreArrived])
     _early_scores: dict[str, ScoreArrived] = field(default_factory=dict[str, ScoreArrived])
     """Scores read before their terminal was."""
+    _lost: set[str] = field(default_factory=set[str])
+    """Tickets whose score is lost."""
 
     def handle(self, event: Event) -> list[Action]:
         """Apply one event."""
@@ -131,6 +140,8 @@ class Staging:
                 return self._on_terminal(event)
             case ScoreArrived():
                 return self._on_score(event)
+            case ScoreLost(ticket_id):
+                return self._on_lost(ticket_id)
             case GroupRemoved(group_id):
                 self._forget(group_id)
                 return []
@@ -146,7 +157,9 @@ class Staging:
         return tuple(
             ticket
             for ticket, terminal in self._terminals.items()
-            if isinstance(terminal.outcome, Trajectory) and ticket not in self._scores
+            if isinstance(terminal.outcome, Trajectory)
+            and ticket not in self._scores
+            and ticket not in self._lost
         )
 
     def floors(self, next_terminal: int, next_score: int) -> dict[str, int]:
@@ -171,14 +184,15 @@ class Staging:
             return [Refused(event.ticket_id, "second_terminal")]
         self._terminals[event.ticket_id] = event
         early = self._early_scores.pop(event.ticket_id, None)
-        if isinstance(event.outcome, Failure) or not self.needs_scores:
+        lost = event.ticket_id in self._lost
+        if isinstance(event.outcome, Failure) or lost or not self.needs_scores:
             return self._settle(event.ticket_id)
         return [] if early is None else self._on_score(early)
 
     def _on_score(self, event: ScoreArrived) -> list[Action]:
         if event.ticket_id not in self._group_of:
             return [Refused(event.ticket_id, "score_of_unknown_ticket")]
-        if event.ticket_id in self._scores:
+        if event.ticket_id in self._scores or event.ticket_id in self._lost:
             return [Refused(event.ticket_id, "second_score")]
         terminal = self._terminals.get(event.ticket_id)
         if terminal is None:
@@ -188,9 +202,20 @@ class Staging:
         if (terminal.seq, terminal.digest) != (event.terminal_seq, event.terminal_digest):
             return [Refused(event.ticket_id, "score_of_another_terminal")]
         if not isinstance(terminal.outcome, Trajectory) or not _fits(terminal.outcome, event):
-            return [Refused(event.ticket_id, "score_does_not_fit")]
+            lost = self._on_lost(event.ticket_id)
+            return [Refused(event.ticket_id, "score_does_not_fit"), *lost]
         self._scores[event.ticket_id] = event
         return self._settle(event.ticket_id)
+
+    def _on_lost(self, ticket_id: str) -> list[Action]:
+        known = ticket_id in self._group_of
+        if not known or ticket_id in self._scores or ticket_id in self._lost:
+            return []
+        self._lost.add(ticket_id)
+        terminal = self._terminals.get(ticket_id)
+        if terminal is None or isinstance(terminal.outcome, Failure):
+            return []
+        return self._settle(ticket_id)
 
     def _settle(self, ticket_id: str) -> list[Action]:
         group_id = self._group_of[ticket_id]
@@ -205,7 +230,8 @@ class Staging:
         return [GroupCompleted(CompleteGroup(group_id, group.issue_version, members, failed))]
 
     def _played(self, ticket_id: str) -> bool:
-        return isinstance(self._terminals[ticket_id].outcome, Trajectory)
+        played = isinstance(self._terminals[ticket_id].outcome, Trajectory)
+        return played and ticket_id not in self._lost
 
     def _scored(self, ticket_id: str) -> Scored:
         terminal = self._terminals[ticket_id]
@@ -226,6 +252,7 @@ class Staging:
             self._terminals.pop(ticket_id, None)
             self._scores.pop(ticket_id, None)
             self._early_scores.pop(ticket_id, None)
+            self._lost.discard(ticket_id)
 
 
 def _fits(trajectory: Trajectory, score: ScoreArrived) -> bool:

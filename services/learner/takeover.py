@@ -27,7 +27,7 @@ from shared.weights.digests import specs, version_digest
 from shared.weights.follower import Follower
 from shared.weights.history import State, WeightHistory
 from shared.wire.codec import content_digest, decode
-from shared.wire.errors import ForeignMajor, WireError
+from shared.wire.errors import ForeignMajor, Malformed, WireError
 from shared.wire.journal import Batch, Member
 from shared.wire.messages import Terminal, Ticket
 from shared.wire.trajectory import Failure, Trajectory
@@ -166,9 +166,18 @@ class Recovery:
             if isinstance(terminal.outcome, Trajectory) and ticket.purpose == "train":
                 stored = await self._bus.last(subjects.score(ticket.ticket_id))
                 if stored is not None:
-                    message = decode(stored.payload, self._route.scores_message())
-                    self._desk.score(self._route.arrived(message, stored.seq))
+                    self._hand_score(ticket.ticket_id, stored)
             return True
+
+    def _hand_score(self, ticket_id: str, stored: Record) -> None:
+        try:
+            message = decode(stored.payload, self._route.scores_message())
+        except ForeignMajor:
+            raise
+        except WireError as error:
+            self._desk.score_lost(ticket_id, str(error))
+        else:
+            self._desk.score(self._route.arrived(message, stored.seq))
 
     async def _read_member(self, member: Member) -> Scored:
         terminal = await self._bus.get("terminals", member.terminal_seq)
@@ -203,12 +212,14 @@ def terminal_event(record: Record) -> TerminalArrived:
         ForeignMajor: another major version wrote it: an upgrade is under way, not garbage.
     """
     digest = content_digest(record.payload)
+    ticket_id = record.subject.rpartition(".")[2]
     try:
         terminal = decode(record.payload, Terminal)
+        if terminal.ticket_id != ticket_id:
+            raise Malformed(f"terminal of {terminal.ticket_id} on the subject of {ticket_id}")
     except ForeignMajor:
         raise
     except WireError as error:
-        ticket_id = record.subject.rpartition(".")[2]
         failure = Failure(reason="undecodable", detail=str(error))
         return TerminalArrived(ticket_id, record.seq, digest, failure)
-    return TerminalArrived(terminal.ticket_id, record.seq, digest, terminal.outcome)
+    return TerminalArrived(ticket_id, record.seq, digest, terminal.outcome)

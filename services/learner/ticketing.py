@@ -53,7 +53,7 @@ def evaluation_tickets(
     config: CommonConfig,
     *,
     version: int,
-    now: float,
+    deadline: float,
 ) -> tuple[Ticket, ...]:
     """Return one ticket per held-out task; the group id names the evaluation."""
     return tuple(
@@ -66,7 +66,7 @@ def evaluation_tickets(
             task=task,
             issue_version=version,
             min_version=version,
-            deadline=now + config.admission.ticket_deadline_s,
+            deadline=deadline,
             sampling=config.sampling.params(),
             # Equal for equal tasks in every evaluation: differences are the policy's.
             seed=derive_seed(config.run.seed, "eval", task.index),

@@ -110,11 +110,23 @@ class AdmissionSection(Section):
     max_outstanding_groups: int | None = Field(default=None, gt=0)
     """A tighter bound on groups in flight than P·(η+1)."""
 
+    @model_validator(mode="after")
+    def _a_batch_fits(self) -> Self:
+        bound = self.max_outstanding_groups
+        if bound is not None and bound < self.groups_per_version:
+            raise ValueError(
+                f"max_outstanding_groups {bound} is below groups_per_version "
+                f"{self.groups_per_version}: no batch could ever be complete"
+            )
+        return self
+
 
 class OldLogprobsSection(Section):
     """Where old log-probs come from."""
 
     route: Literal["oracle"] = "oracle"
+    score_timeout_s: float = Field(default=120.0, gt=0)
+    """A trajectory unscored for so long, while an oracle lives, counts as failed."""
     shadow: tuple[Literal["current_recompute"], ...] = ("current_recompute",)
     """Further routes computed beside it and compared, never trained on."""
 

@@ -82,6 +82,15 @@ def test_without_hold_the_step_starts_anyway() -> None:
     assert admission.choose(["quick"], hold=False) == ("quick",)
 
 
+def test_a_hold_with_nothing_left_to_wait_for_ends() -> None:
+    """As after a restart with a smaller P: three groups at their last chance, all complete."""
+    admission = Admission(1, 1, version=4)
+    in_flight(admission, a=3, b=3, c=3)
+    assert admission.held_by(["a"]) == 3
+    assert admission.choose(["a", "b", "c"]) == ("a",)
+    assert admission.choose(["a", "b"]) == ()
+
+
 @dataclass
 class Simulated:
     """What a simulated run showed."""

@@ -56,7 +56,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path)
     with pytest.raises(Fatal, match=r"No space left on device: free some space") as raised:
         save(checkpoints, 10, full)
     assert "\n" not in str(raised.value)
-    assert [c.version for c in checkpoints.all()] == [5]
+    assert [c.version for c in store(tmp_path).all()] == [5]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["v000005"]
 
 
@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, damage: str) -> None:
     save(checkpoints, 5)
     save(checkpoints, 10)
     (tmp_path / "checkpoints/v000010/learner.json").write_text(damage)
-    assert [c.version for c in checkpoints.all()] == [5]
+    assert [c.version for c in store(tmp_path).all()] == [5]
 
 
 def test_a_terminal_that_cannot_be_read_ends_its_ticket_as_failed() -> None:

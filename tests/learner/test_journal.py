@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import ModuleType
 
 import pytest
@@ -36,8 +37,37 @@ def test_every_ticket_is_open_until_it_is_trained_dropped_or_failed(make: Module
     assert list(state.open_tickets) == ["c0", "c1"]
     assert state.issue_versions == {"c": 2}
     assert state.open_groups().keys() == {"c"}
-    assert (state.num_train_tickets, state.num_train_groups, state.next_version) == (6, 3, 1)
+    assert (state.num_train_tickets, state.num_train_groups) == (6, 3)
     assert state.cursor == {"next_index": 3}
+
+
+def test_a_group_that_leaves_in_two_entries_is_open_between_them(make: ModuleType) -> None:
+    state = JournalState()
+    state.apply(issued(make))
+    state.apply(Disposed(ticket_ids=("b0",), outcome="dropped", cause="stale"))
+    assert state.open_groups().keys() == state.issue_versions.keys() == {"a", "b", "c"}
+    state.apply(Disposed(ticket_ids=("b1",), outcome="failed", cause="member failed"))
+    assert state.open_groups().keys() == state.issue_versions.keys() == {"a", "c"}
+
+
+async def test_a_cancelled_write_is_still_applied(
+    make: ModuleType, memory_bus: MemoryBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await memory_bus.create_streams()
+    journal, append = JournalLog(memory_bus), memory_bus.append
+
+    async def slow(subject: str, payload: bytes, **fields: int) -> int:
+        seq = await append(subject, payload, **fields)
+        await asyncio.sleep(0.05)
+        return seq
+
+    monkeypatch.setattr(memory_bus, "append", slow)
+    writing = asyncio.create_task(journal.write(issued(make)))
+    await asyncio.sleep(0.01)
+    writing.cancel()
+    monkeypatch.setattr(memory_bus, "append", append)
+    await journal.write(Disposed(ticket_ids=("b0", "b1"), outcome="failed", cause="x"))
+    assert list(journal.state.open_tickets) == ["a0", "a1", "c0", "c1"]
 
 
 def test_evaluation_tickets_have_a_ledger_of_their_own(make: ModuleType) -> None:

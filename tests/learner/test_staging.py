@@ -13,6 +13,7 @@ from services.learner.staging import (
     GroupIssued,
     GroupRemoved,
     Refused,
+    ScoreLost,
     Staging,
 )
 from shared.wire.trajectory import Failure
@@ -75,12 +76,32 @@ def test_a_score_of_another_terminal_is_refused(
     assert isinstance(completed, GroupCompleted)
 
 
-def test_a_score_of_another_length_is_refused(make: ModuleType) -> None:
+def test_a_score_of_another_length_ends_its_ticket_as_failed(make: ModuleType) -> None:
     staging = staged("a")
     played = make.terminal("a", 1, make.trajectory())
     longer = make.terminal("a", 1, make.trajectory(versions=(0, 0, 0)))
     staging.handle(played)
-    assert staging.handle(make.score_of(longer, 5)) == [Refused("a", "score_does_not_fit")]
+    assert staging.handle(make.score_of(longer, 5)) == [
+        Refused("a", "score_does_not_fit"),
+        GroupFailed("g", ("a",)),
+    ]
+
+
+@pytest.mark.parametrize("lost_first", [True, False])
+def test_a_lost_score_ends_its_ticket_as_failed_and_never_as_scored(
+    make: ModuleType, lost_first: bool
+) -> None:
+    staging = staged("a", "b")
+    played = [make.terminal("a", 1, make.trajectory()), make.terminal("b", 2, make.trajectory())]
+    events = [ScoreLost("a"), played[0]] if lost_first else [played[0], ScoreLost("a")]
+    for event in (*events, played[1]):
+        assert staging.handle(event) == []
+    assert staging.unscored_tickets == ("b",)
+    assert staging.handle(make.score_of(played[0], 5)) == [Refused("a", "second_score")]
+    [completed] = staging.handle(make.score_of(played[1], 6))
+    assert isinstance(completed, GroupCompleted)
+    assert completed.group.failed == ("a",)
+    assert staging.handle(ScoreLost("b")) == []
 
 
 def test_repeated_and_unknown_records_are_refused(make: ModuleType) -> None:

@@ -38,9 +38,12 @@ def test_ticket_numbers_and_seeds_go_on_where_the_journal_stands() -> None:
 
 def test_evaluations_pair_the_same_tasks_with_the_same_seeds() -> None:
     state, source = JournalState(), SeededTaskSource(CONFIG.task, 7)
-    base = evaluation_tickets("base", source.evaluation(4), state, CONFIG, version=0, now=0.0)
+    tasks = source.evaluation(4)
+    base = evaluation_tickets("base", tasks, state, CONFIG, version=0, deadline=1.0)
     state.apply(Issued(version=0, tickets=base))
-    final = evaluation_tickets("final", source.evaluation(4), state, CONFIG, version=9, now=0.0)
+    final = evaluation_tickets(
+        "final", source.evaluation(4), state, CONFIG, version=9, deadline=1.0
+    )
     assert [(t.task, t.seed) for t in base] == [(t.task, t.seed) for t in final]
     assert not {t.ticket_id for t in base} & {t.ticket_id for t in final}
     assert EvaluationRound.of(final).version == 9
@@ -49,23 +52,29 @@ def test_evaluations_pair_the_same_tasks_with_the_same_seeds() -> None:
 def test_an_evaluation_leaves_failures_out_instead_of_counting_zeros(make: ModuleType) -> None:
     tickets = [make.ticket(f"e{i}", "eval-base-v0", i, purpose="eval") for i in range(3)]
     round_ = EvaluationRound.of(tickets)
-    round_.record("e0", make.trajectory(1.0))
-    round_.record("e1", Failure(reason="env_error"))
+    round_.record("e0", make.trajectory(1.0), 1)
+    round_.record("e1", Failure(reason="env_error"), 2)
     assert not round_.complete
-    round_.record("e2", make.trajectory(0.0))
-    round_.record("e2", make.trajectory(1.0))  # a second outcome changes nothing
+    round_.record("e2", make.trajectory(0.0), 3)
+    round_.record("e2", make.trajectory(1.0), 4)  # a second outcome changes nothing
     result = round_.result()
     assert (result.rewards, result.num_failed) == ((1.0, 0.0), 1)
 
 
 def test_a_deadline_moves_by_outages_before_it_and_not_by_those_after(make: ModuleType) -> None:
-    ticket, pauses = make.ticket("a", deadline=100.0), Pauses()
-    assert overdue([ticket], 101.0, pauses) == [ticket]
-    pauses.add(ended_at=80.0, seconds=30.0)
-    assert overdue([ticket], 129.0, pauses) == []
-    assert overdue([ticket], 131.0, pauses) == [ticket]
+    ticket, pauses = make.ticket("a", deadline=100.0), Pauses()  # issued at 40
+
+    def is_overdue(now: float) -> bool:
+        return overdue([ticket], now, pauses, lifetime_s=60.0) == [ticket]
+
+    assert is_overdue(101.0)
+    pauses.add(ended_at=39.0, seconds=30.0)
+    assert is_overdue(101.0), "an outage before it was issued does not count"
+    pauses.add(ended_at=50.0, seconds=30.0)
+    assert not is_overdue(109.0)
+    assert is_overdue(111.0), "only the ten seconds since its issue"
     pauses.add(ended_at=200.0, seconds=10.0)
-    assert overdue([ticket], 131.0, pauses) == [ticket]
+    assert is_overdue(111.0)
 
 
 @pytest.mark.parametrize(
