@@ -54,7 +54,6 @@ class LearnerSection(Section):
     algo: AlgoSection = AlgoSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    keyframe_every: int = Field(default=16, gt=0)
     sync_wait_s: float = Field(default=30.0, gt=0)
     """Longest delay of a publication for rollouts that are behind."""
     shadow_every: int = Field(default=1, gt=0)

@@ -115,7 +115,7 @@ class _Shell:
             context.bus,
             model_id=config.model.model_id,
             producer=context.pod,
-            keyframe_every=config.learner.keyframe_every,
+            keyframe_every=config.weights.keyframe_every,
             log=context.log,
         )
         self._desk = Desk(

@@ -121,6 +121,23 @@ class AdmissionSection(Section):
         return self
 
 
+class WeightsSection(Section):
+    """How versions of the policy travel (docs/weights.md)."""
+
+    keyframe_every: int = Field(default=16, gt=0)
+    """A full copy every so many versions, beside the deltas."""
+    keyframe_store: str = ""
+    """Folder that all services mount, or an fsspec URL (s3://bucket/run); empty: on the bus."""
+    keyframe_store_options: dict[str, Any] = {}
+    """For fsspec: endpoint_url and the like. Secrets belong into the environment."""
+    chunk_bytes: int = Field(default=1 << 20, gt=0)
+    """Upper bound of one chunk on the bus."""
+    spool_bytes: int = Field(default=256 << 20, gt=0)
+    """A delta up to this size is held in memory, a larger one in a temporary file."""
+    threads: int = Field(default=0, ge=0)
+    """For diffing and applying; 0: one per core, at most 8."""
+
+
 class OldLogprobsSection(Section):
     """Where old log-probs come from."""
 
@@ -155,5 +172,6 @@ class CommonConfig(Section):
     task: TaskSection = TaskSection()
     sampling: SamplingSection = SamplingSection()
     admission: AdmissionSection = AdmissionSection()
+    weights: WeightsSection = WeightsSection()
     old_logprobs: OldLogprobsSection = OldLogprobsSection()
     telemetry: TelemetrySection = TelemetrySection()

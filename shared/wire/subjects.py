@@ -30,7 +30,7 @@ STREAMS: tuple[StreamSpec, ...] = (
     StreamSpec("terminals", "terminal.*", "limits", "one outcome per ticket"),
     StreamSpec("scores", "score.*", "limits", "old log-probs per terminal"),
     StreamSpec("journal", "journal", "limits", "the learner's decisions, single writer"),
-    StreamSpec("manifests", "manifest", "limits", "published versions; the append is the fence"),
+    StreamSpec("manifests", "manifest.*", "limits", "published versions; the append is the fence"),
     StreamSpec("chunks", "chunk.*.*", "limits", "bytes of keyframes and deltas"),
     StreamSpec("blobs", "blob.*.*", "limits", "bytes of payloads too large for one message"),
     StreamSpec("stats", "stats.*", "limits", "step reports"),
@@ -81,7 +81,11 @@ class Subjects:
 
     @property
     def manifest(self) -> str:
-        return f"{self.prefix}.manifest"
+        return f"{self.prefix}.manifest.version"
+
+    @property
+    def keyframe(self) -> str:
+        return f"{self.prefix}.manifest.keyframe"
 
     def chunk(self, upload_id: str, index: int) -> str:
         return f"{self.prefix}.chunk.{_token(upload_id)}.{index}"

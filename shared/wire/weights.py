@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.wire.base import Array, Message, Part
 
@@ -22,16 +22,25 @@ class TensorSpec(Part):
 
 
 class Artefact(Part):
-    """Bytes on the chunk stream, under a random upload id."""
+    """Bytes under a random upload id: on the chunk stream, or a file of the keyframe store."""
 
     kind: Literal["keyframe", "delta"]
     upload_id: str
-    num_chunks: int = Field(gt=0)
+    num_chunks: int = Field(ge=0)
+    """On the chunk stream; 0: a file."""
     num_bytes: int = Field(ge=0)
     digest: str
     """xxh3-128 of the whole."""
     encoding: str = "safetensors"
     """keyframe: `safetensors`. delta: name of the delta codec."""
+    location: str = ""
+    """Path below the configured keyframe store; empty: on the chunk stream."""
+
+    @model_validator(mode="after")
+    def _lies_in_one_place(self) -> Self:
+        if (self.num_chunks > 0) == bool(self.location):
+            raise ValueError("either chunks or a location")
+        return self
 
 
 class Canary(Part):
@@ -53,7 +62,7 @@ class Manifest(Message):
     append reads back and compares upload ids.
     """
 
-    subject: ClassVar[str] = "manifest"
+    subject: ClassVar[str] = "manifest.version"
 
     version: int = Field(ge=0)
     parent: int | None
@@ -64,7 +73,8 @@ class Manifest(Message):
     upload_id: str
     delta: Artefact | None
     keyframe: Artefact | None
-    """Present every N versions and at version 0."""
+    """At version 0, and wherever the publisher had no base for a delta; others are announced by
+    `Keyframe` records."""
     tensors: tuple[TensorSpec, ...]
     digest: str
     """Of the version: over all tensors' names, dtypes, shapes and digests."""
@@ -72,6 +82,25 @@ class Manifest(Message):
     """Full hash over the canonical bytes (name, dtype, shape, data in name order)."""
     canary: Canary
     optimizer_steps: int = 0
+    published_at: float
+    producer: str
+
+
+class Keyframe(Message):
+    """Learner -> rollout, logit_oracle, recorder: version v is also available in full.
+
+    On the manifest log, after v's manifest: every N versions, and when a follower's lease asks for
+    one (gauge `keyframe_wanted`). Several for one version may exist; any of them will do.
+    """
+
+    subject: ClassVar[str] = "manifest.keyframe"
+
+    version: int = Field(ge=0)
+    artefact: Artefact
+    digest: str
+    """Of the version, as in its manifest."""
+    sha256: str
+    """Full hash over the canonical bytes: what a follower's own copy of v must have, too."""
     published_at: float
     producer: str
 

@@ -58,7 +58,8 @@ from shared.wire.trajectory import (
     Trajectory,
     Turn,
 )
-from shared.wire.weights import Artefact, Canary, Control, Manifest, TensorSpec
+from shared.wire.versioning import WIRE_VERSION
+from shared.wire.weights import Artefact, Canary, Control, Keyframe, Manifest, TensorSpec
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -162,6 +163,21 @@ SAMPLES: dict[str, Message] = {
         Evaluated(version=3, name="base", task_indices=(0, 1), rewards=(0.0, 1.0))
     ),
     "journal/run_finished": entry(RunFinished(version=9, unfinished=("t-9",))),
+    "keyframe": Keyframe(
+        version=4,
+        artefact=Artefact(
+            kind="keyframe",
+            upload_id="ee",
+            num_chunks=0,
+            num_bytes=2048,
+            digest="0" * 32,
+            location="ee/model.safetensors",
+        ),
+        digest="1" * 32,
+        sha256="2" * 64,
+        published_at=1700000000.25,
+        producer="learner-0",
+    ),
     "manifest": Manifest(
         version=4, parent=3, upload_id="u1", delta=DELTA, keyframe=None,
         tensors=(TensorSpec(name="w", dtype="F32", shape=(2, 2), digest="0" * 16),),
@@ -236,11 +252,11 @@ def newer(value: Any) -> Any:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_fields_of_a_newer_minor_are_ignored_at_every_level(golden, name):
     envelope = msgpack.unpackb(golden[name], use_list=False)
-    envelope = {**envelope, "w": (1, 99), "b": newer(envelope["b"]), "zz": 1}
+    envelope = {**envelope, "w": (WIRE_VERSION[0], 99), "b": newer(envelope["b"]), "zz": 1}
     assert decode(msgpack.packb(envelope), type(SAMPLES[name])) == SAMPLES[name]
 
 
-@pytest.mark.parametrize("major", [0, 2])
+@pytest.mark.parametrize("major", [0, WIRE_VERSION[0] - 1, WIRE_VERSION[0] + 1])
 def test_another_major_is_refused_as_foreign_whatever_its_body(golden, major):
     envelope = {"w": (major, 0), "t": "Ticket", "b": "quite another body"}
     with pytest.raises(ForeignMajor) as caught:
@@ -262,7 +278,8 @@ def test_a_payload_above_the_bound_is_refused_before_it_is_parsed():
 @pytest.mark.parametrize(
     "payload",
     [b"", b"\xc1", b"\x80", msgpack.packb([1]), msgpack.packb({"t": "Ticket", "b": {}}),
-     msgpack.packb({"w": [1], "t": "Ticket", "b": {}}), msgpack.packb({"w": [1, 0], "t": "Ticket"}),
+     msgpack.packb({"w": [1], "t": "Ticket", "b": {}}),
+     msgpack.packb({"w": WIRE_VERSION, "t": "Ticket"}),
      msgpack.packb({"w": ["1", "0"], "t": "Ticket", "b": {}})],
 )  # fmt: skip
 def test_what_is_no_message_is_malformed(payload):
