@@ -144,7 +144,9 @@ class Learner:
             self._previous = {n: t.clone() for n, t in self._backend.state().items()}
             await self._execute(batch, await self._recovery.members(batch), replay=True)
         self._previous = {n: t.clone() for n, t in self._backend.state().items()}
-        await check_own_publication(self._context.bus, self._backend, self._context)
+        await check_own_publication(
+            self._context.bus, self._backend, self._context, self._config.weights
+        )
         self._desk.admission.version = self.version
         await self._positions.start_at_end()
         await self._recovery.adopt_open_tickets()

@@ -23,6 +23,7 @@ from services.learner.config import LearnerConfig
 from services.learner.deadlines import Pauses, deadline_terminal, overdue
 from services.learner.desk import Desk
 from services.learner.journal_log import JournalLog
+from services.learner.keyframing import Keyframing
 from services.learner.learner import Learner
 from services.learner.positions import Positions
 from services.learner.publication import Publication, Slack
@@ -37,7 +38,7 @@ from shared.runtime.context import Context
 from shared.runtime.errors import BusError, ConfigError, Conflict
 from shared.runtime.intake import accept
 from shared.runtime.leases import LeaseBoard
-from shared.weights.publisher import Publisher
+from shared.weights.assembly import make_publisher
 from shared.weights.retention import oldest_needed
 from shared.wire.base import Message
 from shared.wire.codec import encode
@@ -111,17 +112,18 @@ class _Shell:
         self._route = ROUTES[config.old_logprobs.route]()
         self._board = LeaseBoard(context.bus, config.telemetry.lease_expiry_s)
         self._journal = JournalLog(context.bus)
-        self._publisher = Publisher(
+        self._publisher = make_publisher(
+            config.weights,
             context.bus,
+            context.log,
             model_id=config.model.model_id,
             producer=context.pod,
-            keyframe_every=config.weights.keyframe_every,
-            log=context.log,
         )
         self._desk = Desk(
             context, config, self._journal, source, needs_scores=self._route.waits_for_scores
         )
         self._positions = Positions(context.bus)
+        self._keyframing = Keyframing(context, self._publisher, self._board)
         self._learner = Learner(
             context,
             config,
@@ -161,6 +163,7 @@ class _Shell:
                     self._issue(),
                     self._evaluate_progress(),
                     self._tick(),
+                    self._keyframing.run(),
                 )
             ]
             await self._learner.train()

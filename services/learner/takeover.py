@@ -22,10 +22,11 @@ from shared.backends.base import Backend
 from shared.runtime.bus import Bus, Record
 from shared.runtime.context import Context
 from shared.runtime.errors import Fatal
+from shared.runtime.sections import WeightsSection
+from shared.weights.assembly import make_follower, make_history
 from shared.weights.canary import backend_scorer
 from shared.weights.digests import specs, version_digest
-from shared.weights.follower import Follower
-from shared.weights.history import State, WeightHistory
+from shared.weights.history import State
 from shared.wire.codec import content_digest, decode
 from shared.wire.errors import ForeignMajor, Malformed, WireError
 from shared.wire.journal import Batch, Member
@@ -67,29 +68,33 @@ def load_newest(
     return None
 
 
-async def check_own_publication(bus: Bus, backend: Backend, context: Context) -> None:
+async def check_own_publication(
+    bus: Bus, backend: Backend, context: Context, weights: WeightsSection
+) -> None:
     """Fetch the newest version as any follower would and forward it: every bit must agree.
 
     Raises:
         Fatal: the published bytes do not reproduce this learner's own forward.
     """
-    history = WeightHistory()
-    shown: asyncio.Future[tuple[Manifest, State]] = asyncio.get_running_loop().create_future()
+    history = make_history(weights, keep_past=False)
+    follower = make_follower(weights, bus, history, context.log)
+    shown: asyncio.Future[Manifest] = asyncio.get_running_loop().create_future()
 
-    async def on_head(manifest: Manifest, state: State, _changed: frozenset[str] | None) -> None:
+    async def on_head(manifest: Manifest, _changed: frozenset[str] | None) -> None:
         if not shown.done():
-            shown.set_result((manifest, state))
+            shown.set_result(manifest)
 
-    following = asyncio.create_task(Follower(bus, history, log=context.log).run(on_head))
+    following = asyncio.create_task(follower.run(on_head))
     try:
         await asyncio.wait((following, shown), return_when=asyncio.FIRST_COMPLETED, timeout=60.0)
         if not shown.done():
             raise Fatal("the learner cannot read back its own publication: is the bus healthy?")
-        manifest, state = shown.result()
+        manifest = shown.result()
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
-    _must_reproduce(backend, manifest, state)
+    async with history.at(manifest.version) as state:
+        _must_reproduce(backend, manifest, state)
     context.log.info("own_publication_reproduced", version=manifest.version)
 
 

@@ -74,11 +74,11 @@ class Bench:
             MissingVersion: the history does not hold it.
             Fatal: the published tensors do not fit the model.
         """
-        manifest = self._history.manifest(version)
-        state = self._history.materialise(version)
-        self.digest = ""
-        result, _ = await self._run(lambda: self._load(manifest, state))
-        self.digest = manifest.digest
+        async with self._history.at(version) as state:
+            manifest = self._history.manifest(version)
+            self.digest = ""
+            result, _ = await self._run(lambda: self._load(manifest, state))
+            self.digest = manifest.digest
         return result
 
     async def score(self, pieces: Sequence[Piece]) -> Forwarded:

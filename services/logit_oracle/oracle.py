@@ -318,6 +318,8 @@ class Oracle:
             context.gauges["in_flight"] = len(self._open)
             context.gauges["held_versions"] = len(self._history.versions)
             context.gauges["held_bytes"] = self._history.bytes_held
+            context.gauges["spilled_bytes"] = self._history.bytes_spilled
+            context.gauges["keyframe_wanted"] = float(self._follower.keyframe_wanted)
             await asyncio.sleep(self._section.control_poll_s)
 
     def _refresh_health(self) -> None:

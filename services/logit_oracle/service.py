@@ -23,8 +23,7 @@ from services.logit_oracle.oracle import Oracle
 from shared.backends.torch_backend import TorchBackend
 from shared.runtime.context import Context
 from shared.runtime.errors import BusUnavailable, ConfigError
-from shared.weights.follower import Follower
-from shared.weights.history import WeightHistory
+from shared.weights.assembly import make_follower, make_history
 
 QUEUE = "logit_oracle"
 """Durable name of the work queue's consumer; oracles share it."""
@@ -58,14 +57,14 @@ async def serve(context: Context, config: LogitOracleConfig) -> None:
     queue = await context.bus.work_queue(
         "terminals", QUEUE, ack_wait_s=section.ack_wait_s, max_ack_pending=section.max_ack_pending
     )
-    history = WeightHistory()
+    history = make_history(config.weights, keep_past=True)
     bench = Bench(backend, history, section.layout, pack_tokens=section.pack_tokens)
     oracle = Oracle(
         context,
         config,
         bench=bench,
         history=history,
-        follower=Follower(context.bus, history, log=context.log),
+        follower=make_follower(config.weights, context.bus, history, context.log),
         num_vocab=num_vocab,
     )
     context.log.info("serving", model=str(source), layout=bench.layout.model_dump())

@@ -10,7 +10,7 @@ from shared.runtime.context import Context
 from shared.runtime.errors import BusUnavailable
 from shared.weights.errors import MissingVersion
 from shared.weights.follower import Follower
-from shared.weights.history import State, WeightHistory
+from shared.weights.history import WeightHistory
 from shared.weights.manifest_log import read_head
 from shared.wire.errors import WireError
 from shared.wire.weights import Manifest
@@ -40,8 +40,8 @@ class Versions:
     async def ask(self, ask: Ask) -> None:
         """Try once, within a bound, to bring a version back; tell how it went."""
         version = ask.version
-        if ask.afresh:
-            self._history.discard(version)
+        if ask.afresh and version in self._history.versions:
+            self._history.clear()  # every version is reached from the one copy that is doubted
         try:
             await self._follower.ensure(version, self._section.ensure_timeout_s)
         except MissingVersion as error:
@@ -56,12 +56,10 @@ class Versions:
         else:
             self._tell(Held(version))
 
-    async def _on_version(self, manifest: Manifest, state: State) -> None:
+    async def _on_version(self, manifest: Manifest) -> None:
         self._tell(Held(manifest.version))
 
-    async def _on_head(
-        self, manifest: Manifest, state: State, changed: frozenset[str] | None
-    ) -> None:
+    async def _on_head(self, manifest: Manifest, changed: frozenset[str] | None) -> None:
         self._context.set_version(manifest.version)
         self._tell(CaughtUp())
 

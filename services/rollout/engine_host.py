@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -14,14 +13,6 @@ from shared.runtime.logs import Log
 from shared.wire.weights import Manifest
 
 State = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The newest policy version shown by the follower."""
-
-    manifest: Manifest
-    state: State
 
 
 class EngineHost:
@@ -38,7 +29,8 @@ class EngineHost:
         self._dtype = dtype
         self._log = log
         self._engine = make()
-        self._head: Head | None = None
+        self._shown = -1
+        """Version last tried; a dead engine was at it, or at an older one."""
         self._applied = False
         """The engine got the head, or the one that `changed` is relative to."""
         self._dead = False
@@ -76,35 +68,39 @@ class EngineHost:
             ValueError: the published state does not fit the model.
         """
         async with self._writing:
-            self._head = Head(manifest, state)
-            await self._bring_up(changed)
+            await self._bring_up(manifest, state, changed)
 
-    async def revive(self) -> None:
-        """Rebuild a dead engine, once per version: what kills it twice is the version."""
+    async def revive(self, manifest: Manifest, state: State) -> None:
+        """Rebuild a dead engine, once per version: what kills it twice is the version.
+
+        Args:
+            manifest: of the newest version.
+            state: its tensors; read until this returns.
+        """
         async with self._writing:
-            head = self._head
-            if self._dead and head is not None and self._revived_for != head.manifest.version:
-                self._revived_for = head.manifest.version
-                await self._bring_up(None)
+            if self._dead and self._revived_for != manifest.version:
+                self._revived_for = manifest.version
+                await self._bring_up(manifest, state, None)
 
     def died(self, engine: Engine, error: EngineDead) -> None:
         """Record what a caller got from `engine`; `revive` or the next head makes a new one."""
         if engine is self._engine and not self._dead:
-            version = -1 if self._head is None else self._head.manifest.version
+            version = self._shown
             self._dead = True
             self.problem = f"the engine died at version {version}: {error}"
             self._log.error("engine_died", version=version, reason=str(error))
 
-    async def _bring_up(self, changed: frozenset[str] | None) -> None:
-        """Get the head into a living engine, or record why not."""
-        head = self._head
-        assert head is not None, "called with a head"
+    async def _bring_up(
+        self, manifest: Manifest, state: State, changed: frozenset[str] | None
+    ) -> None:
+        """Get a version into a living engine, or record why not."""
+        self._shown = manifest.version
         if self._dead:
             await self._rebuild()
         complete = None if not self._applied else changed
         try:
-            await self._engine.update(head.manifest.version, head.state, complete)
-            expected = cast_digest(head.state, self._dtype)
+            await self._engine.update(manifest.version, state, complete)
+            expected = cast_digest(state, self._dtype)
             found = self._engine.device_digest()
             if found != expected:
                 raise EngineDead(f"the device copy has digest {found}, its source {expected}")

@@ -15,15 +15,14 @@ from typing import TypeVar
 
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine
-from services.rollout.engine_host import EngineHost, State
+from services.rollout.engine_host import EngineHost
 from services.rollout.requests import Requests
 from services.rollout.torch_engine import DTYPES, TorchEngine
 from shared.runtime.bus import CoreMessage, Subscription
 from shared.runtime.context import Context
 from shared.runtime.errors import ConfigError, Fatal
 from shared.runtime.intake import accept
-from shared.weights.follower import Follower
-from shared.weights.history import WeightHistory
+from shared.weights.assembly import make_follower, make_history
 from shared.wire.errors import ForeignMajor
 from shared.wire.messages import CancelRequest, SampleRequest
 from shared.wire.weights import Manifest
@@ -95,10 +94,12 @@ class Rollout:
             max_concurrency=section.max_concurrency,
             behind_wait_s=section.behind_wait_s,
         )
-        self._follower = Follower(
+        self._history = make_history(config.weights, keep_past=False)
+        self._follower = make_follower(
+            config.weights,
             context.bus,
-            WeightHistory(),
-            log=context.log,
+            self._history,
+            context.log,
             chunk_timeout_s=section.chunk_timeout_s,
             retry_s=section.follow_retry_s,
         )
@@ -122,10 +123,11 @@ class Rollout:
                 task.cancel()
 
     # --- weights
-    async def _show(self, manifest: Manifest, state: State, changed: frozenset[str] | None) -> None:
+    async def _show(self, manifest: Manifest, changed: frozenset[str] | None) -> None:
         """Swap to the newest version, at a token boundary."""
         try:
-            await self._host.show(manifest, state, changed)
+            async with self._history.at(manifest.version) as state:
+                await self._host.show(manifest, state, changed)
         except ValueError as error:
             raise Fatal(
                 f"version {manifest.version} does not fit the model: {error}; is model.source the "
@@ -155,8 +157,14 @@ class Rollout:
             await self._requests.engine_died.wait()
             self._requests.engine_died.clear()
             self._look()
-            await self._host.revive()
+            await self._revive()
             self._look()
+
+    async def _revive(self) -> None:
+        newest = self._history.newest
+        if newest >= 0:
+            async with self._history.at(newest) as state:
+                await self._host.revive(self._history.manifest(newest), state)
 
     def _look(self) -> None:
         """Bring version, readiness and whoever waits for a version up to date."""
@@ -218,6 +226,8 @@ class Rollout:
         context.busy_s = max(own_s, counters.pop("busy_s", 0.0))
         context.counters.update(counters)
         context.counters["weight_bytes"] = float(self._follower.bytes_fetched)
+        context.counters["weight_resyncs"] = float(self._follower.resyncs)
+        context.gauges["keyframe_wanted"] = float(self._follower.keyframe_wanted)
         context.gauges.update(
             running=float(load.running),
             waiting=float(load.waiting),

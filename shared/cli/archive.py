@@ -134,13 +134,13 @@ class ArchiveWriter:
             os.fsync(file.fileno())
         return covered
 
-    def write_version(self, version: int, content: bytes) -> None:
+    def write_version(self, version: int, pieces: Iterable[bytes | memoryview]) -> None:
         """Keep one version's safetensors bytes aside, whole or not at all."""
-        _write_whole(version_path(self._directory, version), content)
+        _write_whole(version_path(self._directory, version), pieces)
 
     def write_tickets_final(self, ticket_ids: Iterable[str]) -> None:
         content = json.dumps(sorted(ticket_ids)).encode()
-        _write_whole(self._directory / "tickets_final.json", content)
+        _write_whole(self._directory / "tickets_final.json", [content])
 
     def close(self) -> None:
         self.sync()
@@ -180,10 +180,10 @@ def _complete(file: BinaryIO) -> Iterator[tuple[Record, int]]:
                 return
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def _write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

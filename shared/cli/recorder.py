@@ -54,7 +54,7 @@ async def _record(common: CommonConfig, log: Log) -> int:
         raise ConfigError(str(error)) from error
     failures: list[str] = []
     try:
-        await Recording(bus, archive_dir(Path(common.run.dir)), log).run(stop)
+        await Recording(bus, archive_dir(Path(common.run.dir)), log, common.weights).run(stop)
     except* (RuntimeFault, OSError) as group:
         failures += [str(error) for error in group.exceptions]
     finally:

@@ -21,13 +21,15 @@ from shared.cli.archive import STREAMS, ArchivedStream, ArchiveWriter, Record, a
 from shared.runtime import bus as runtime_bus
 from shared.runtime.bus import Bus, CoreMessage, StreamState
 from shared.runtime.logs import Log
-from shared.weights import keyframes
+from shared.runtime.sections import WeightsSection
+from shared.weights.assembly import make_follower, make_history
 from shared.weights.errors import MissingVersion
 from shared.weights.fan_out import fan_out
-from shared.weights.follower import Follower
-from shared.weights.history import State, WeightHistory
+from shared.weights.keyframes import SafetensorsPieces
 from shared.weights.manifest_log import read_head
 from shared.wire.weights import Manifest
+
+_PIECE_BYTES = 1 << 22
 
 ARCHIVED_KEY = "archived"
 """Key of the control bucket: msgpack `{stream: last archived seq, "versions": v}`; every version
@@ -42,6 +44,7 @@ class Recording:
         bus: Bus,
         directory: Path,
         log: Log,
+        weights: WeightsSection = WeightsSection(),
         *,
         sync_s: float = 1.0,
         catch_up_s: float = 15.0,
@@ -52,6 +55,7 @@ class Recording:
             bus: connected, its streams exist.
             directory: the archive's folder.
             log: INFO at start and end.
+            weights: how versions travel.
             sync_s: between two fsyncs.
             catch_up_s: bound on reading to the streams' ends after a stop.
         """
@@ -61,8 +65,8 @@ class Recording:
         self._catch_up_s = catch_up_s
         self._directory = directory
         self._writer = ArchiveWriter(directory)
-        self._history = WeightHistory()
-        self._follower = Follower(bus, self._history, log=log)
+        self._history = make_history(weights, keep_past=True)
+        self._follower = make_follower(weights, bus, self._history, log)
         self._kept = set(archived_versions(directory))
         self._lost: set[int] = set()
 
@@ -114,16 +118,16 @@ class Recording:
             self._on_head, start="oldest_needed", on_version=self._keep_version
         )
 
-    async def _keep_version(self, manifest: Manifest, state: State) -> None:
-        if manifest.version not in self._kept:
-            content = keyframes.encode(state)
-            await asyncio.to_thread(self._writer.write_version, manifest.version, content)
-            self._kept.add(manifest.version)
+    async def _keep_version(self, manifest: Manifest) -> None:
+        version = manifest.version
+        if version not in self._kept:
+            async with self._history.at(version) as state:
+                pieces = SafetensorsPieces(state, _PIECE_BYTES)
+                await asyncio.to_thread(self._writer.write_version, version, pieces)
+            self._kept.add(version)
 
-    async def _on_head(
-        self, manifest: Manifest, state: State, changed: frozenset[str] | None
-    ) -> None:
-        del state, changed
+    async def _on_head(self, manifest: Manifest, changed: frozenset[str] | None) -> None:
+        del changed
         for version in range(manifest.version):
             if version not in self._kept and version not in self._lost:
                 await self._fetch_missing(version)
@@ -132,14 +136,14 @@ class Recording:
     async def _fetch_missing(self, version: int) -> None:
         """Fetch a version below the learner's low-water mark that we have not kept yet."""
         try:
-            state = await self._follower.ensure(version, self._catch_up_s)
+            await self._follower.ensure(version, self._catch_up_s)
         except MissingVersion as error:
             self._lost.add(version)
             self._log.error("version_lost", version=version, reason=str(error))
         except TimeoutError:
             self._log.warning("version_late", version=version)
         else:
-            await self._keep_version(self._history.manifest(version), state)
+            await self._keep_version(self._history.manifest(version))
 
     # --- durability and the end
     async def _keep_durable(self) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,7 +25,7 @@ from shared.wire.journal import JournalBody, JournalEntry
 from shared.wire.messages import Purpose, Score, Terminal
 from shared.wire.telemetry import Lease, StepReport
 from shared.wire.trajectory import Trajectory
-from shared.wire.weights import Manifest
+from shared.wire.weights import Artefact, Keyframe, Manifest
 
 M = TypeVar("M", bound=Message)
 
@@ -85,6 +86,8 @@ class RunRecords:
     )
     """(unix seconds written at, decision), in order."""
     manifests: dict[int, Manifest] = field(default_factory=dict[int, Manifest])
+    keyframes: list[Keyframe] = field(default_factory=list[Keyframe])
+    """Announced after their manifests."""
     steps: dict[int, StepReport] = field(default_factory=dict[int, StepReport])
     """By version published; of a repeated step the last report."""
     leases: list[Lease] = field(default_factory=list[Lease])
@@ -98,6 +101,11 @@ class RunRecords:
     unreadable: Counter[str] = field(default_factory=Counter[str])
     """Archived payloads that could not be decoded, by stream and reason."""
     payloads: dict[tuple[str, int], bytes] = field(default_factory=dict[tuple[str, int], bytes])
+
+    def full_copies(self) -> list[tuple[int, Artefact]]:
+        """Return every keyframe with its version, in the order of versions."""
+        inside = [(m.version, m.keyframe) for m in self.manifests.values() if m.keyframe]
+        return sorted(inside + [(k.version, k.artefact) for k in self.keyframes], key=itemgetter(0))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -169,8 +177,11 @@ def _read_archive(run_dir: Path, state: tuple[tuple[str, int, int], ...]) -> Run
     records = RunRecords(run_dir, {}, {})
     for _, entry in _messages(records, "journal", JournalEntry):
         records.journal.append((entry.written_at, entry.body))
-    for _, manifest in _messages(records, "manifests", Manifest):
-        records.manifests[manifest.version] = manifest
+    for _, published in _messages(records, "manifests", Manifest, Keyframe):
+        if isinstance(published, Manifest):
+            records.manifests[published.version] = published
+        else:
+            records.keyframes.append(published)
     for _, step in _messages(records, "stats", StepReport):
         records.steps[step.version] = step
     records.leases.extend(lease for _, lease in _messages(records, "leases", Lease))
@@ -218,11 +229,11 @@ def score_facts(seq: int, score: Score) -> ScoreFacts:
 
 
 def _messages(
-    records: RunRecords, name: ArchiveName, kind: type[M], *, keep: bool = False
+    records: RunRecords, name: ArchiveName, *kinds: type[M], keep: bool = False
 ) -> Iterator[tuple[int, M]]:
     for record in read_stream(records.archive, name):
         try:
-            message = decode(record.payload, kind)
+            message = decode(record.payload, *kinds)
         except WireError as error:
             records.unreadable[f"{name}: {type(error).__name__}: {error}"] += 1
             continue

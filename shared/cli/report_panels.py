@@ -188,7 +188,7 @@ def ledger_rows(records: RunRecords, ledger: Ledger) -> Context:
 def weights(records: RunRecords) -> Context:
     """Bytes and seconds of publication and synchronisation."""
     manifests = list(records.manifests.values())
-    full = [m.keyframe.num_bytes for m in manifests if m.keyframe is not None]
+    full = [keyframe.num_bytes for _, keyframe in records.full_copies()]
     deltas = [m.delta.num_bytes for m in manifests if m.delta is not None]
     every = lives(records.leases)
     swaps = total(every, "rollout", "swaps")

@@ -73,18 +73,20 @@ def _runs(flags: np.ndarray, edges: np.ndarray) -> list[tuple[float, float]]:
 def weight_bytes(records: RunRecords) -> str:
     """Bytes of every published version: delta and keyframe."""
     manifests = [records.manifests[version] for version in sorted(records.manifests)]
-    largest = max(a.num_bytes for m in manifests for a in (m.delta, m.keyframe) if a is not None)
+    deltas = [(m.version, m.delta) for m in manifests if m.delta is not None]
+    full = records.full_copies()
+    largest = max((a.num_bytes for _, a in (*full, *deltas)), default=1)
     unit, size = ("MB", 1e6) if largest >= 2e6 else ("kB", 1e3)
     with figure(HALF, 2.6) as sheet:
         axis = sheet.axes[0]
         rows = (
-            ("keyframe", C["amber"], [(m.version, m.keyframe) for m in manifests]),
-            ("delta", C["blue"], [(m.version, m.delta) for m in manifests]),
+            ("keyframe", C["amber"], full),
+            ("delta", C["blue"], deltas),
         )
         for name, colour, artefacts in rows:
-            kept = [(version, a.num_bytes / size) for version, a in artefacts if a is not None]
-            if kept:
-                versions, amounts = zip(*kept, strict=True)
+            if artefacts:
+                versions = [version for version, _ in artefacts]
+                amounts = [artefact.num_bytes / size for _, artefact in artefacts]
                 axis.vlines(versions, 0, amounts, color=colour, alpha=0.35, linewidth=1.2)
                 axis.plot(versions, amounts, ".", color=colour, markersize=5, label=name)
         axis.set_ylim(bottom=0)

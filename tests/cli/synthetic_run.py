@@ -104,7 +104,7 @@ class SyntheticRun:
         _write_model(run_dir / "base")
         with ArchiveWriter(archive_dir(run_dir)) as writer:
             for version, weights in self.weights.items():
-                writer.write_version(version, _safetensors(weights))
+                writer.write_version(version, [_safetensors(weights)])
                 manifest = _manifest(version, weights)
                 writer.append("manifests", [_record(version + 1, "manifest", manifest)])
             for seq, body in enumerate(self.journal, start=1):

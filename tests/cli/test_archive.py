@@ -86,8 +86,8 @@ def test_leases_are_numbered_across_restarts(tmp_path: Path) -> None:
 def test_versions_and_final_tickets_are_found_again(tmp_path: Path) -> None:
     with ArchiveWriter(tmp_path) as writer:
         assert read_tickets_final(tmp_path) is None
-        writer.write_version(12, b"weights")
-        writer.write_version(3, b"weights")
+        writer.write_version(12, [b"wei", b"ghts"])
+        writer.write_version(3, [b"weights"])
         writer.write_tickets_final(["b", "a"])
     assert archived_versions(tmp_path) == [3, 12]
     assert version_path(tmp_path, 12).read_bytes() == b"weights"
