@@ -1,160 +1,154 @@
-"""Deltas: patches as bytes. Lossless on the bits of the published dtype.
+"""Deltas: what takes one version to the next, and back. Lossless on the published bits.
 
-Layout of codec `plain-1`: `LWD1`, u4 header length, msgpack header `{base, tensors}`, then per
-tensor its positions (absent when dense) and its values, little-endian, each padded to 8 bytes.
+`blocks.py` describes the bytes. A delta is reversible: the undo patch of a delta is the same bytes,
+applied with `reverse=True`, and its redo the same bytes again.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import msgpack
-import numpy as np
 import torch
-from pydantic import Field, ValidationError
 
-from shared.weights.bits import bits_dtype, dtype_of
-from shared.weights.errors import Corrupt
-from shared.weights.patches import Applied, Patch, TensorPatch, apply_patch, diff
-from shared.wire.base import Part
+from shared.weights.bits import to_bits
+from shared.weights.blocks import BLOCK_ELEMENTS, CODEC, BlockWriter, spans
+from shared.weights.delta_reader import Block, BytesSource, DeltaReader, Source
+from shared.weights.delta_writer import DeltaWriter, check_same_model, check_same_tensors
+from shared.weights.digests import MASK, specs, specs_bytes, to_hex, version_digest
+from shared.weights.errors import Corrupt, WrongBase
+from shared.weights.kernels.base import Bits
+from shared.weights.kernels.choice import kernels_for
+from shared.weights.ordered import ordered_map
 from shared.wire.weights import TensorSpec
 
-CODEC = "plain-1"
-"""Name of this encoding in `Artefact.encoding`."""
-
-_MAGIC = b"LWD1"
-_PREFIX = struct.Struct("<4sI")
-_ALIGN = 8
-
-
-class _TensorHead(Part):
-    """One tensor in the header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    position_bytes: int = Field(ge=0, le=8)
-    """Width of one position: 4 or 8; 0 = dense."""
-    count: int = Field(ge=0)
-    """Number of values."""
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "CODEC",
+    "Applied",
+    "Block",
+    "BlockWriter",
+    "BytesSource",
+    "DeltaReader",
+    "DeltaWriter",
+    "Source",
+    "apply",
+    "encode",
+    "spans",
+]
 
 
-class _Head(Part):
-    """The header."""
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What a state is after a delta."""
 
-    base: str
-    tensors: tuple[_TensorHead, ...]
+    tensors: tuple[TensorSpec, ...]
+    """Its specs, in the order of those before; digests follow from the delta."""
+    digest: str
+    """Its version digest."""
+    changed: frozenset[str]
+    """Tensors that were written to."""
+    num_changed: int
+    """Elements that were written."""
 
 
 def encode(
     old: Mapping[str, torch.Tensor],
     new: Mapping[str, torch.Tensor],
     *,
-    tensors: Iterable[TensorSpec] | None = None,
+    tensors: Sequence[TensorSpec] | None = None,
+    threads: int = 1,
 ) -> bytes:
     """Return the delta that takes `old` to `new`; `tensors` are the specs of `old` if known.
 
     Raises:
         WrongBase: names, shapes or dtypes disagree.
     """
-    return to_bytes(diff(old, new, tensors=tensors))
+    known = specs(old) if tensors is None else tensors
+    return b"".join(DeltaWriter(old, new, tensors=known, threads=threads).pieces())
 
 
 def apply(
     state: Mapping[str, torch.Tensor],
-    delta: bytes,
+    reader: DeltaReader,
     *,
-    tensors: Iterable[TensorSpec] | None = None,
+    reverse: bool = False,
+    tensors: Sequence[TensorSpec],
+    threads: int = 1,
 ) -> Applied:
-    """Return the state after `delta`; `state` itself is not touched.
+    """Take `state` along a delta, in place.
+
+    After any exception of this function the state is what it was before, except where reading the
+    source failed a second time, while taking back.
 
     Args:
-        state: the base.
-        delta: from `encode`.
-        tensors: specs of `state` when they are known and checked; computed otherwise.
+        state: contiguous tensors on the CPU, none sharing memory with another.
+        reader: the delta.
+        reverse: from its target to its base.
+        tensors: specs of `state`, trusted.
+        threads: that apply blocks.
 
     Raises:
-        WrongBase: made for another base.
-        Corrupt: not a delta of this codec.
+        WrongBase: made for another state or another model; nothing was written.
+        Corrupt: no delta, or one that does not lead where it says; what was written is taken back.
+        ValueError: tensors that cannot be written in place.
     """
-    return apply_patch(state, from_bytes(delta), tensors=tensors)
+    check_same_tensors(
+        {name: f"{code}{list(shape)}" for name, code, shape in reader.tensors},
+        {spec.name: f"{spec.dtype}{list(spec.shape)}" for spec in tensors},
+    )
+    source, target = (reader.target, reader.base) if reverse else (reader.base, reader.target)
+    held = version_digest(tensors)
+    if held != source:
+        raise WrongBase("version digest", source, held)
+    check_same_model(tensors, state)
+    bits = _writable_bits(state)
+    kernels = kernels_for(specs_bytes(tensors))
+    done: list[Block] = []
 
+    def write(block: Block) -> int:
+        part = bits[reader.tensors[block.tensor_index][0]]
+        part = part[block.start : block.start + block.length]
+        gain = kernels.apply(part, block.coded(), block.start, reverse=reverse)
+        done.append(block)
+        return gain
 
-def to_bytes(patch: Patch) -> bytes:
-    """Serialise a patch."""
-    heads: list[dict[str, Any]] = []
-    body: list[bytes] = []
-    for piece in patch.tensors:
-        heads.append(
-            {
-                "name": piece.name,
-                "dtype": piece.dtype,
-                "shape": piece.shape,
-                "position_bytes": 0 if piece.positions is None else piece.positions.itemsize,
-                "count": len(piece.values),
-            }
-        )
-        if piece.positions is not None:
-            body += _padded(piece.positions.tobytes())
-        body += _padded(piece.values.tobytes())
-    head = cast(bytes, msgpack.packb({"base": patch.base, "tensors": heads}, use_bin_type=True))
-    head += b"\0" * (-(_PREFIX.size + len(head)) % _ALIGN)
-    return b"".join([_PREFIX.pack(_MAGIC, len(head)), head, *body])
+    def take_back(block: Block) -> None:
+        part = bits[reader.tensors[block.tensor_index][0]]
+        part = part[block.start : block.start + block.length]
+        kernels.apply(part, block.coded(), block.start, reverse=not reverse)
 
-
-def from_bytes(delta: bytes) -> Patch:
-    """Parse a delta; its arrays are views of `delta`.
-
-    Raises:
-        Corrupt: not a delta of this codec, or truncated.
-    """
-    if len(delta) < _PREFIX.size or not delta.startswith(_MAGIC):
-        raise Corrupt("delta", f"codec {CODEC}", f"{delta[:4]!r}, {len(delta)} bytes")
-    (_, head_bytes) = _PREFIX.unpack_from(delta)
-    start = _PREFIX.size + head_bytes
-    head = _head(delta[_PREFIX.size : start])
-    tensors: list[TensorPatch] = []
-    for piece in head.tensors:
-        try:
-            value_dtype = bits_dtype(dtype_of(piece.dtype).itemsize)
-        except ValueError as error:
-            raise Corrupt(f"delta of tensor {piece.name!r}", "a known dtype", str(error)) from error
-        positions = None
-        if piece.position_bytes:
-            if piece.position_bytes not in (4, 8):
-                raise Corrupt("delta", "positions of 4 or 8 bytes", str(piece.position_bytes))
-            positions, start = _array(delta, start, bits_dtype(piece.position_bytes), piece.count)
-        values, start = _array(delta, start, value_dtype, piece.count)
-        tensors.append(TensorPatch(piece.name, piece.dtype, piece.shape, positions, values))
-    if start != len(delta):
-        raise Corrupt("delta", f"{start} bytes", f"{len(delta)} bytes")
-    return Patch(base=head.base, tensors=tuple(tensors))
-
-
-def _head(packed: bytes) -> _Head:
+    digests = {spec.name: int(spec.digest, 16) for spec in tensors}
+    blocks = list(reader.blocks())
     try:
-        unpacker = msgpack.Unpacker(raw=False, use_list=False)
-        unpacker.feed(packed)
-        return _Head.model_validate(unpacker.unpack())
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise Corrupt("delta header", "names, dtypes, shapes", str(problem["msg"])) from error
-    except Exception as error:
-        raise Corrupt("delta header", "msgpack", f"{type(error).__name__}: {error}") from error
+        for block, gain in zip(blocks, ordered_map(write, blocks, threads), strict=True):
+            digests[reader.tensors[block.tensor_index][0]] += gain
+        after = tuple(
+            spec.model_copy(update={"digest": to_hex(digests[spec.name] & MASK)})
+            for spec in tensors
+        )
+        found = version_digest(after)
+        if found != target:
+            raise Corrupt("version digest after the delta", target, found)
+    except BaseException:
+        for _ in ordered_map(take_back, done, threads):
+            pass
+        raise
+    changed = frozenset(reader.tensors[block.tensor_index][0] for block in blocks)
+    return Applied(after, found, changed, reader.num_changed)
 
 
-def _array(
-    delta: bytes, start: int, dtype: np.dtype[Any], count: int
-) -> tuple[np.ndarray[Any, np.dtype[Any]], int]:
-    num_bytes = count * dtype.itemsize
-    if start + num_bytes > len(delta):
-        raise Corrupt("delta", f"at least {start + num_bytes} bytes", f"{len(delta)} bytes")
-    values = np.frombuffer(delta, dtype=dtype, count=count, offset=start)
-    return values, start + num_bytes + (-num_bytes % _ALIGN)
-
-
-def _padded(data: bytes) -> list[bytes]:
-    padding = -len(data) % _ALIGN
-    return [data, b"\0" * padding] if padding else [data]
+def _writable_bits(state: Mapping[str, torch.Tensor]) -> dict[str, Bits]:
+    ends: list[tuple[int, int, str]] = []
+    for name, tensor in state.items():
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"tensor {name!r} is not contiguous on the CPU")
+        start, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+        if num_bytes:
+            ends.append((start, start + num_bytes, name))
+    ends.sort()
+    for (_, end, name), (start, _, other) in itertools.pairwise(ends):
+        if start < end:
+            raise ValueError(f"tensors {name!r} and {other!r} share memory")
+    return {name: to_bits(tensor) for name, tensor in state.items()}

@@ -14,26 +14,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
 from shared.weights.bits import Bits, bits_dtype, code_of, dtype_of, to_bits
+from shared.weights.kernels.choice import kernels_for
+from shared.weights.kernels.reference import MASK, contributions
 from shared.wire.weights import TensorSpec
-
-MASK = (1 << 64) - 1
-"""Digests live modulo 2^64."""
-
-# 2^64 / golden ratio, and the two multipliers of splitmix64 (Steele et al., OOPSLA 2014).
-_INDEX_KEY = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-_29, _32 = np.uint64(29), np.uint64(32)
-
-_BLOCK = 16384
-"""Elements hashed at a time: both scratch rows stay in the second-level cache."""
-_ORDINALS: npt.NDArray[np.uint64] = np.arange(1, _BLOCK + 1, dtype=np.uint64)
-
 
 def tensor_digest(tensor: torch.Tensor, *, offset: int = 0) -> int:
     """Return the additive digest (u64) of a tensor, or of a flat shard that starts at `offset`."""
@@ -42,21 +29,7 @@ def tensor_digest(tensor: torch.Tensor, *, offset: int = 0) -> int:
 
 def bits_digest(bits: Bits, *, offset: int = 0) -> int:
     """Return the additive digest of consecutive elements bits[N], the first at `offset`."""
-    total = 0
-    for start in range(0, len(bits), _BLOCK):
-        block = bits[start : start + _BLOCK]
-        total += _mixed_sum(_ORDINALS[: len(block)] + np.uint64(offset + start), block)
-    return total & MASK
-
-
-def contributions(positions: npt.NDArray[Any], bits: Bits) -> int:
-    """Return what elements bits[K] at flat indices positions[K] add to their tensor's digest."""
-    total = 0
-    for start in range(0, len(bits), _BLOCK):
-        indices = positions[start : start + _BLOCK].astype(np.uint64)
-        indices += np.uint64(1)
-        total += _mixed_sum(indices, bits[start : start + _BLOCK])
-    return total & MASK
+    return kernels_for(bits.nbytes).digest(bits, offset)
 
 
 def updated(digest: int, positions: npt.NDArray[Any], old_bits: Bits, new_bits: Bits) -> int:
@@ -88,7 +61,10 @@ def spec(name: str, tensor: torch.Tensor, digest: int | None = None) -> TensorSp
 
 def specs(state: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
     """Describe a whole state, in name order."""
-    return tuple(spec(name, state[name]) for name in sorted(state))
+    kernels = kernels_for(num_bytes(state))
+    return tuple(
+        spec(name, state[name], kernels.digest(to_bits(state[name]), 0)) for name in sorted(state)
+    )
 
 
 def version_digest(tensors: Iterable[TensorSpec]) -> str:
@@ -126,19 +102,3 @@ def num_bytes(state: Mapping[str, torch.Tensor]) -> int:
 def specs_bytes(tensors: Iterable[TensorSpec]) -> int:
     """Return the size of a version from its specs."""
     return sum(math.prod(t.shape) * dtype_of(t.dtype).itemsize for t in tensors)
-
-
-def _mixed_sum(ordinals: npt.NDArray[np.uint64], bits: Bits) -> int:
-    """Sum the hashes of (ordinal, bits) modulo 2^64; `ordinals` is scratch and overwritten."""
-    key = ordinals
-    key *= _INDEX_KEY
-    shifted = key >> _29
-    key ^= shifted
-    key += bits
-    key *= _MIX_1
-    np.right_shift(key, _32, out=shifted)
-    key ^= shifted
-    key *= _MIX_2
-    np.right_shift(key, _29, out=shifted)
-    key ^= shifted
-    return int(key.sum(dtype=np.uint64))
