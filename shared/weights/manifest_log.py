@@ -1,14 +1,16 @@
-"""Reading the retained manifest log."""
+"""Reading the retained manifest log: manifests and the keyframes announced after them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared.runtime.bus import Bus, Record
 from shared.weights.fan_out import fan_out
 from shared.wire.codec import decode
 from shared.wire.errors import WireError
-from shared.wire.weights import Manifest
+from shared.wire.weights import Artefact, Keyframe, Manifest
+
+_WINDOW = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,22 @@ class Logged:
 
     seq: int
     manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class RetainedLog:
+    """What the log still holds, in log order."""
+
+    manifests: list[Logged] = field(default_factory=list[Logged])
+    keyframes: list[Keyframe] = field(default_factory=list[Keyframe])
+    """Records, also of versions whose manifest is gone."""
+
+    def upload_ids(self) -> frozenset[str]:
+        """Return every upload that is named: on the chunk stream or in the keyframe store."""
+        manifests = [entry.manifest for entry in self.manifests]
+        of_manifests = [a for m in manifests for a in (m.delta, m.keyframe) if a is not None]
+        artefacts: list[Artefact] = [*of_manifests, *(k.artefact for k in self.keyframes)]
+        return frozenset(artefact.upload_id for artefact in artefacts)
 
 
 async def read_head(bus: Bus) -> Logged | None:
@@ -29,14 +47,14 @@ async def read_head(bus: Bus) -> Logged | None:
     return None if record is None else Logged(record.seq, decode(record.payload, Manifest))
 
 
-async def read_head_seq(bus: Bus) -> int:
-    """Return the sequence of the newest manifest, 0 when nothing was ever published."""
-    record = await bus.last(bus.subjects.manifest)
-    return 0 if record is None else record.seq
+async def read_end(bus: Bus) -> int:
+    """Return the sequence of the newest entry of either kind, 0 when there is none."""
+    ends = [await bus.last(bus.subjects.manifest), await bus.last(bus.subjects.keyframe)]
+    return max((record.seq for record in ends if record is not None), default=0)
 
 
-async def read_retained(bus: Bus, *, strict: bool = False) -> list[Logged]:
-    """Return every manifest still in the log, in order; unreadable ones are left out.
+async def read_log(bus: Bus, *, strict: bool = False) -> RetainedLog:
+    """Return everything still in the log; unreadable entries are left out.
 
     Raises:
         WireError: with `strict`, when one of them cannot be read.
@@ -47,14 +65,23 @@ async def read_retained(bus: Bus, *, strict: bool = False) -> list[Logged]:
     async def get(seq: int) -> Record | None:
         return await bus.get("manifests", seq)
 
-    logged: list[Logged] = []
-    for record in await fan_out(get, range(first, state.last_seq + 1), window=16):
+    log = RetainedLog()
+    for record in await fan_out(get, range(first, state.last_seq + 1), window=_WINDOW):
         if record is None:
             continue
         try:
-            logged.append(Logged(record.seq, decode(record.payload, Manifest)))
+            entry = decode(record.payload, Manifest, Keyframe)
         except WireError:
             if strict:
                 raise
             continue  # followers refuse and count it; retention needs readable ones only
-    return logged
+        if isinstance(entry, Manifest):
+            log.manifests.append(Logged(record.seq, entry))
+        else:
+            log.keyframes.append(entry)
+    return log
+
+
+async def read_retained(bus: Bus, *, strict: bool = False) -> list[Logged]:
+    """Return the manifests still in the log, as `read_log` does."""
+    return (await read_log(bus, strict=strict)).manifests

@@ -9,10 +9,10 @@ from shared.runtime.bus import Bus, Record
 from shared.runtime.logs import Log
 from shared.wire.codec import decode
 from shared.wire.errors import WireError
-from shared.wire.weights import Manifest
+from shared.wire.weights import Keyframe, Manifest
 
 PRUNE_EVERY = 64
-"""Manifests read between two looks at how far the log was purged."""
+"""Entries read between two looks at how far the log was purged."""
 
 
 class ManifestTail:
@@ -26,8 +26,10 @@ class ManifestTail:
         self._grown = asyncio.Condition()
         self.manifests: dict[int, Manifest] = {}
         """By version; those purged from the log are forgotten."""
+        self.keyframes: dict[int, list[Keyframe]] = {}
+        """Records by version, oldest first; a version's manifest may be gone or not yet read."""
         self.refused: dict[int, str] = {}
-        """Unreadable ones: log sequence -> why."""
+        """Unreadable manifests: log sequence -> why."""
         self.read_to = 0
         """Last sequence read."""
         self.newest = -1
@@ -73,6 +75,12 @@ class ManifestTail:
                 await self._grew(self.read_to)
 
     def _take(self, record: Record) -> None:
+        if record.subject == self._bus.subjects.manifest:
+            self._take_manifest(record)
+        elif record.subject == self._bus.subjects.keyframe:
+            self._take_keyframe(record)
+
+    def _take_manifest(self, record: Record) -> None:
         try:
             manifest = decode(record.payload, Manifest)
         except WireError as error:
@@ -81,9 +89,21 @@ class ManifestTail:
             self.refused[record.seq] = str(error)
             return
         self.refused.pop(record.seq, None)
-        self.manifests[manifest.version] = manifest
-        self._seqs[manifest.version] = record.seq
+        known = self.manifests.setdefault(manifest.version, manifest)
+        self._seqs.setdefault(manifest.version, record.seq)
+        if known.upload_id != manifest.upload_id:
+            # The fence makes this impossible; a log that was restored by hand could hold it.
+            self._log.error("version_named_twice", version=manifest.version, seq=record.seq)
         self.newest = max(self.newest, manifest.version)
+
+    def _take_keyframe(self, record: Record) -> None:
+        try:
+            keyframe = decode(record.payload, Keyframe)
+        except WireError as error:
+            # Nothing is lost: a keyframe is a second way to a version that has a manifest.
+            self._log.warning("keyframe_unreadable", seq=record.seq, reason=str(error))
+            return
+        self.keyframes.setdefault(keyframe.version, []).append(keyframe)
 
     async def _grew(self, read_to: int) -> None:
         async with self._grown:
@@ -103,3 +123,6 @@ class ManifestTail:
         first_seq = (await self._bus.stream_state("manifests")).first_seq
         for version in [v for v, seq in self._seqs.items() if seq < first_seq]:
             del self._seqs[version], self.manifests[version]
+        oldest = min(self.manifests, default=0)
+        for version in [v for v in self.keyframes if v < oldest]:
+            del self.keyframes[version]

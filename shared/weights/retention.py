@@ -1,11 +1,11 @@
-"""Which versions must stay. Pure."""
+"""Which versions must stay, and which bytes they need. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from shared.wire.weights import Manifest
+from shared.wire.weights import Artefact, Keyframe, Manifest
 
 
 def oldest_needed(
@@ -34,15 +34,71 @@ class KeyframePlace:
     """Where a keyframe lies."""
 
     version: int
-    manifest_seq: int
     upload_id: str
-    """Of its chunks."""
+    located: bool
+    """A file of the keyframe store; else on the chunk stream."""
 
 
-def oldest_kept(keyframes: Iterable[KeyframePlace], needed: int) -> KeyframePlace | None:
-    """Return the newest keyframe at or below `needed`: it and everything after it stays."""
-    bases = [k for k in keyframes if k.version <= needed]
-    return max(bases, key=lambda k: k.version, default=None)
+class PublishedLog:
+    """What the manifest log holds, as far as retention is concerned."""
+
+    def __init__(self) -> None:
+        self.seqs: dict[int, int] = {}
+        """version -> sequence of its manifest."""
+        self.deltas: dict[int, str] = {}
+        """version -> upload id of the delta that leads to it."""
+        self.keyframes: list[KeyframePlace] = []
+
+    @property
+    def newest_keyframe(self) -> int:
+        """Newest version that can be had in full, -1 when none can."""
+        return max((place.version for place in self.keyframes), default=-1)
+
+    def note_manifest(self, seq: int, manifest: Manifest) -> None:
+        """Take a manifest in; a second one for its version changes nothing."""
+        if manifest.version in self.seqs:
+            return
+        self.seqs[manifest.version] = seq
+        if manifest.delta is not None:
+            self.deltas[manifest.version] = manifest.delta.upload_id
+        if manifest.keyframe is not None:
+            self._place(manifest.version, manifest.keyframe)
+
+    def note_keyframe(self, keyframe: Keyframe) -> None:
+        """Take a keyframe record in; it counts only while its version's manifest is there."""
+        if keyframe.version in self.seqs:
+            self._place(keyframe.version, keyframe.artefact)
+
+    def keepers(self, needed: int) -> list[KeyframePlace]:
+        """Return the keyframes at or below `needed`, the newest version first.
+
+        The first of them that is intact and everything after it must stay.
+        """
+        below = [place for place in self.keyframes if place.version <= needed]
+        return sorted(below, key=lambda place: place.version, reverse=True)
+
+    def needed_uploads(self, kept: int) -> frozenset[str]:
+        """Return the uploads on the chunk stream that followers from version `kept` on may ask for.
+
+        The newest delta is among them even if nobody needs it: whatever is being uploaded now lies
+        behind it, and is not purged.
+        """
+        deltas = {u for version, u in self.deltas.items() if version > kept}
+        if self.deltas:
+            deltas.add(self.deltas[max(self.deltas)])
+        places = {p.upload_id for p in self.keyframes if p.version >= kept and not p.located}
+        return frozenset(deltas | places)
+
+    def drop_below(self, kept: int) -> list[KeyframePlace]:
+        """Forget the versions below `kept`; return their keyframes that are files."""
+        files = [p for p in self.keyframes if p.version < kept and p.located]
+        self.seqs = {v: seq for v, seq in self.seqs.items() if v >= kept}
+        self.deltas = {v: upload for v, upload in self.deltas.items() if v >= kept}
+        self.keyframes = [p for p in self.keyframes if p.version >= kept]
+        return files
+
+    def _place(self, version: int, artefact: Artefact) -> None:
+        self.keyframes.append(KeyframePlace(version, artefact.upload_id, bool(artefact.location)))
 
 
 def upload_ids(manifest: Manifest) -> frozenset[str]:
