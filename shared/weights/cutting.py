@@ -1,0 +1,90 @@
+"""Pieces of any size cut to chunks of one size, in a thread where making them is work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Sequence
+
+import xxhash
+
+Piece = bytes | bytearray | memoryview
+
+
+class Cutter:
+    """Cuts pieces to chunks; at least one chunk comes of it."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self.num_bytes = 0
+        """Of all pieces so far."""
+        self.digest = xxhash.xxh3_128()
+        """Of all pieces so far."""
+        self._chunk_bytes = chunk_bytes
+        self._rest = bytearray()
+
+    def cut(self, piece: Piece) -> Iterator[bytes]:
+        """Yield the chunks that `piece` completes."""
+        view = memoryview(piece).cast("B")
+        self.num_bytes += len(view)
+        self.digest.update(view)
+        while len(view):
+            if not self._rest and len(view) >= self._chunk_bytes:
+                yield bytes(view[: self._chunk_bytes])
+                view = view[self._chunk_bytes :]
+                continue
+            missing = self._chunk_bytes - len(self._rest)
+            self._rest += view[:missing]
+            view = view[missing:]
+            if len(self._rest) == self._chunk_bytes:
+                yield bytes(self._rest)
+                self._rest.clear()
+
+    def rest(self) -> Iterator[bytes]:
+        """Yield the last chunk, if there is one."""
+        if self._rest or not self.num_bytes:
+            yield bytes(self._rest)
+
+    def cut_all(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
+        """Yield the chunks of all pieces."""
+        for piece in pieces:
+            yield from self.cut(piece)
+        yield from self.rest()
+
+
+async def cut(
+    cutter: Cutter, pieces: Iterable[Piece] | AsyncIterable[Piece]
+) -> AsyncGenerator[bytes, None]:
+    """Yield the chunks of `pieces`.
+
+    A sequence is there already and is cut in the event loop. Any other iterable is advanced in a
+    thread, one chunk at a time; once this generator is closed nobody touches it any more, and if
+    it is a generator it is closed, too.
+    """
+    if isinstance(pieces, AsyncIterable):
+        async for piece in pieces:
+            for chunk in cutter.cut(piece):
+                yield chunk
+        for chunk in cutter.rest():
+            yield chunk
+    elif isinstance(pieces, Sequence):
+        for chunk in cutter.cut_all(pieces):
+            yield chunk
+    else:
+        iterator = iter(pieces)
+        chunks = cutter.cut_all(iterator)
+        loop = asyncio.get_running_loop()
+        hop = None
+        try:
+            while True:
+                hop = loop.run_in_executor(None, next, chunks, None)
+                await asyncio.wait([hop])
+                chunk = hop.result()
+                if chunk is None:
+                    return
+                yield chunk
+        finally:
+            if hop is not None and not hop.done():
+                # Cancelled: whoever owns what the thread reads may change it once this ends.
+                await asyncio.wait([hop])
+                hop.exception()
+            if isinstance(iterator, Generator):
+                iterator.close()
