@@ -196,6 +196,13 @@ class Bus(Protocol):
 
     async def stream_state(self, stream: StreamName) -> StreamState: ...
 
+    async def subjects_of(self, stream: StreamName, pattern: str) -> list[str]:
+        """Return the subjects that hold messages and match `pattern`, sorted; reads no payload.
+
+        One that comes or goes while this runs may be there or not.
+        """
+        ...
+
     async def purge(
         self, stream: StreamName, below_seq: int, *, subject: str | None = None
     ) -> None:

@@ -164,6 +164,11 @@ class MemoryBus:
         state = await self._stream(stream)
         return StreamState(state.first_seq, state.last_seq, len(state.records), state.num_bytes)
 
+    async def subjects_of(self, stream: StreamName, pattern: str) -> list[str]:
+        state = await self._stream(stream)
+        held = {record.subject for record in state.records.values()}
+        return sorted(subject for subject in held if matches(pattern, subject))
+
     async def purge(
         self, stream: StreamName, below_seq: int, *, subject: str | None = None
     ) -> None:

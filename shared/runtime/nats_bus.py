@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from shared.runtime import blobs
 from shared.runtime.bus import CoreMessage, Record, StreamState, Subscription, WorkQueue
@@ -175,6 +175,22 @@ class NatsBus:
             max(1, int(state["first_seq"])), int(state["last_seq"]), int(state["messages"]),
             int(state["bytes"]),
         )  # fmt: skip
+
+    async def subjects_of(self, stream: StreamName, pattern: str) -> list[str]:
+        name = self.subjects.stream(stream)
+        found: set[str] = set()
+        offset = 0
+        while True:
+            request = {"subjects_filter": pattern, "offset": offset}
+            answer = await self._calls.api(f"STREAM.INFO.{name}", request)
+            if isinstance(answer, ApiError):
+                raise BusUnavailable(f"stream {name}: {answer.description}")
+            page = cast("dict[str, int]", answer["state"].get("subjects") or {})
+            found.update(page)
+            offset += len(page)
+            # The server answers with 100,000 subjects at most; `total` says how many there are.
+            if not page or offset >= int(answer.get("total", 0)):
+                return sorted(found)
 
     async def purge(
         self, stream: StreamName, below_seq: int, *, subject: str | None = None

@@ -367,6 +367,30 @@ async def test_the_state_of_a_stream_counts_messages_and_bytes(bus):
     assert state.num_bytes >= 1000
 
 
+async def test_subjects_are_listed_once_while_they_hold_a_message_and_match(bus):
+    subjects = bus.subjects
+    for name, index in (("a", 0), ("a", 1), ("b", 0), ("a", 0), ("c", 7)):
+        await bus.append(subjects.chunk(name, index), b"x")
+    everything = f"{subjects.prefix}.chunk.*.*"
+    listed = await bus.subjects_of("chunks", everything)
+    assert listed == [subjects.chunk(n, i) for n, i in (("a", 0), ("a", 1), ("b", 0), ("c", 7))]
+    assert await bus.subjects_of("chunks", f"{subjects.prefix}.chunk.*.0") == [
+        subjects.chunk("a", 0),
+        subjects.chunk("b", 0),
+    ]
+    assert await bus.subjects_of("chunks", subjects.chunk("c", 7)) == [subjects.chunk("c", 7)]
+    assert await bus.subjects_of("chunks", f"{subjects.prefix}.chunk.d.*") == []
+    await bus.purge("chunks", 4)
+    assert await bus.subjects_of("chunks", everything) == [
+        subjects.chunk("a", 0),
+        subjects.chunk("c", 7),
+    ]
+
+
+async def test_an_empty_stream_lists_no_subjects(bus):
+    assert await bus.subjects_of("scores", f"{bus.subjects.prefix}.score.*") == []
+
+
 # --- blobs
 
 
