@@ -12,7 +12,7 @@ RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PA
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help install install-dev format lint types test check demo bench-demo chaos base clean
+.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights chaos base clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ demo: $(DEMO) ## train a small policy over real services, kill one, audit (SEED=
 
 bench-demo: $(DEMO) ## the demo over SEEDS=10 seeds: table and runs/bench/demo.json
 	$(BIN)/python -m shared.cli.bench_demo --seeds $(SEEDS)
+
+bench-weights: $(DEMO) ## weights over the bus: table and runs/bench/weights.json (7 minutes)
+	$(BIN)/python -m shared.cli.bench_weights
 
 test: $(DEV) ## the default suite, without the kill matrix
 	$(RUN) $(BIN)/python -m pytest -m "not chaos" $(PYTEST_ARGS)
