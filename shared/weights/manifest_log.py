@@ -82,6 +82,9 @@ async def read_log(bus: Bus, *, strict: bool = False) -> RetainedLog:
     return log
 
 
-async def read_retained(bus: Bus, *, strict: bool = False) -> list[Logged]:
-    """Return the manifests still in the log, as `read_log` does."""
-    return (await read_log(bus, strict=strict)).manifests
+async def read_named_uploads(bus: Bus) -> frozenset[str] | None:
+    """Return every upload that is named, None when an entry cannot be read and may name more."""
+    try:
+        return (await read_log(bus, strict=True)).upload_ids()
+    except WireError:
+        return None

@@ -1,29 +1,32 @@
-"""Publishing versions: chunks first, then the manifest append that allocates the number."""
+"""Publishing versions: bytes first, then the manifest append that allocates the number."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from shared.runtime.bus import Bus
-from shared.runtime.errors import BusUnavailable, Conflict, Fatal, Fenced
+from shared.runtime.errors import BusUnavailable
 from shared.runtime.logs import Log
-from shared.weights import deltas, keyframes
-from shared.weights.chunks import upload
-from shared.weights.digests import num_bytes, sha256_of, specs, version_digest
-from shared.weights.manifest_log import Logged, read_head, read_retained
+from shared.weights.artefact_writer import ArtefactWriter
+from shared.weights.base_copy import BaseCopy
+from shared.weights.digests import num_bytes, specs, version_digest
+from shared.weights.fence import append_manifest
+from shared.weights.keyframe_store import KeyframeStore
+from shared.weights.manifest_log import Logged, read_head, read_log, read_named_uploads
 from shared.weights.offload import crunch
 from shared.weights.orphans import ORPHAN_AGE_S, sweep_orphans
-from shared.weights.retention import KeyframePlace, oldest_kept
+from shared.weights.purge import Purge
+from shared.weights.retention import PublishedLog
+from shared.weights.stored_version import store_version
 from shared.wire.codec import decode, encode
-from shared.wire.weights import Canary, Manifest, TensorSpec
-
-SHA256_BYTES = 64 * 1024 * 1024
-"""Models up to this size carry a full hash on every version, larger ones on keyframes."""
+from shared.wire.weights import Canary, Keyframe, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,6 @@ class Published:
     num_bytes: int
     """Uploaded for it."""
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Base:
-    """The previous version as this publisher holds it."""
-
-    state: Mapping[str, torch.Tensor]
-    tensors: tuple[TensorSpec, ...]
 
 
 def verify_same(manifest: Manifest, state: Mapping[str, torch.Tensor]) -> bool:
@@ -57,7 +52,7 @@ class Publisher:
     """The single writer of the manifest log.
 
     Two of them are harmless: the append of a version expects the sequence of the previous one,
-    so that the slower publisher is fenced.
+    so that the slower publisher is fenced. Versions and keyframes are published one at a time.
     """
 
     def __init__(
@@ -68,6 +63,8 @@ class Publisher:
         producer: str,
         keyframe_every: int = 16,
         chunk_bytes: int = 1 << 20,
+        store: KeyframeStore | None = None,
+        threads: int = 1,
         log: Log,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -77,8 +74,10 @@ class Publisher:
             bus: where to.
             model_id: goes into the manifests.
             producer: goes into the manifests: who wrote them.
-            keyframe_every: a full copy at every so-manieth version, beside its delta.
+            keyframe_every: `keyframe_due` after so many versions without one.
             chunk_bytes: upper bound of one chunk; the bus's message size bounds it, too.
+            store: where keyframes go; None: on the bus.
+            threads: that diff.
             log: INFO per version.
             clock: Unix seconds, for `published_at` and the age of orphans.
         """
@@ -86,21 +85,35 @@ class Publisher:
         self._model_id = model_id
         self._producer = producer
         self._keyframe_every = keyframe_every
-        self._chunk_bytes = chunk_bytes
+        self._store = store
+        self._threads = threads
         self._log = log
         self._clock = clock
         self._started = False
+        self._lock = asyncio.Lock()
+        """Held while the base copy is read or changed."""
         self._head: Logged | None = None
-        self._base: _Base | None = None
+        self._base: BaseCopy | None = None
+        """Of the head; None: unknown, or half written."""
         self._own_ids: set[str] = set()
         """Uploads whose append may have been stored without our knowing."""
-        self._seqs: dict[int, int] = {}
-        self._keyframes: list[KeyframePlace] = []
+        self._published = PublishedLog()
+        self._artefacts = ArtefactWriter(bus, store, chunk_bytes)
+        self._purge = Purge(bus, store, self._artefacts.first_seqs, log)
 
     @property
     def head(self) -> Manifest | None:
         """Newest version, as of the last `start` or `publish`."""
         return self._head.manifest if self._head else None
+
+    @property
+    def keyframe_due(self) -> bool:
+        """Whether `keyframe_every` versions were published since the last one available in full."""
+        if self._head is None or self._base is None:
+            return False
+        return self._head.manifest.version >= (
+            self._published.newest_keyframe + self._keyframe_every
+        )
 
     async def start(self) -> Manifest | None:
         """Read the log; its head is what the next version is appended to.
@@ -110,17 +123,34 @@ class Publisher:
         """
         self._head = await read_head(self._bus)
         self._base = None
-        self._seqs, self._keyframes = {}, []
-        for entry in await read_retained(self._bus):
-            self._note(entry)
+        self._published = PublishedLog()
+        retained = await read_log(self._bus)
+        for entry in retained.manifests:
+            self._published.note_manifest(entry.seq, entry.manifest)
+        for keyframe in retained.keyframes:
+            self._published.note_keyframe(keyframe)
         self._started = True
         return self.head
 
     async def manifest(self, version: int) -> Manifest | None:
         """Return the committed manifest of a version, None when it is not in the log (any more)."""
-        seq = self._seqs.get(version)
+        seq = self._published.seqs.get(version)
         record = None if seq is None else await self._bus.get("manifests", seq)
         return None if record is None else decode(record.payload, Manifest)
+
+    async def hold(self, state: Mapping[str, torch.Tensor]) -> bool:
+        """Take over the head's own bytes, as a restarted publisher must before it can go on.
+
+        Until then there is nothing to make a delta against or a keyframe from.
+
+        Args:
+            state: nobody may write to these tensors any more.
+
+        Returns:
+            Whether they are the head's bytes.
+        """
+        async with self._lock:
+            return await self._hold(state)
 
     async def publish(
         self,
@@ -134,158 +164,147 @@ class Publisher:
         """Publish `state` as the next version.
 
         Args:
-            state: live views are fine: they are copied before the first wait.
+            state: live weights, which must not change before this returns.
             canary: scored from exactly these bytes.
             epoch: fork count of the lineage.
             optimizer_steps: done so far.
-            previous_state: the head's tensors, after a restart; without them (or when they are
-                not the head's bytes) the version is a keyframe without delta.
+            previous_state: the head's tensors, after a restart: see `hold`. Without them (or when
+                they are not the head's bytes) the version is published in full, without a delta.
 
         Raises:
             Fenced: another publisher appended in between.
+            Fatal: the number was given to other bytes by an earlier call whose outcome was open.
+            WrongBase: names, shapes or dtypes are not those of the head.
             BusError: the bus refused or did not answer; calling again with the same state is safe.
         """
         assert self._started, "call start() first"
-        started, started_at = time.perf_counter(), self._clock()
-        own = {name: tensor.detach().clone() for name, tensor in state.items()}
-        size = num_bytes(own)
-        head = self._head
-        tensors = await crunch(size, lambda: specs(own))
-        base = await crunch(size, lambda: self._delta_base(previous_state))
-        version = 0 if head is None else head.manifest.version + 1
-        is_keyframe = base is None or version % self._keyframe_every == 0
-
-        upload_id = uuid.uuid4().hex
-        self._own_ids.add(upload_id)
-        keyframe = delta = sha256 = None
-        if is_keyframe:
-            data = await crunch(size, lambda: keyframes.encode(own))
-            keyframe = await upload(
-                self._bus,
-                "keyframe",
-                data,
-                upload_id=f"{upload_id}-k",
-                encoding=keyframes.ENCODING,
-                chunk_bytes=self._chunk_bytes,
+        async with self._lock:
+            started, started_at = time.perf_counter(), self._clock()
+            if self._base is None and previous_state is not None:
+                await self._hold(previous_state)
+            upload_id = uuid.uuid4().hex
+            self._own_ids.add(upload_id)
+            head = self._head
+            stored = await store_version(
+                self._artefacts, upload_id, state, self._base, threads=self._threads
             )
-        if base is not None:
-            known = base
-            data = await crunch(
-                size, lambda: deltas.encode(known.state, own, tensors=known.tensors)
+            manifest = Manifest(
+                version=0 if head is None else head.manifest.version + 1,
+                parent=None if head is None else head.manifest.version,
+                epoch=epoch,
+                model_id=self._model_id,
+                upload_id=upload_id,
+                delta=stored.delta,
+                keyframe=stored.keyframe,
+                tensors=stored.tensors,
+                digest=version_digest(stored.tensors),
+                sha256=stored.sha256,
+                canary=canary,
+                optimizer_steps=optimizer_steps,
+                published_at=self._clock(),
+                producer=self._producer,
             )
-            delta = await upload(
-                self._bus,
-                "delta",
-                data,
-                upload_id=f"{upload_id}-d",
-                encoding=deltas.CODEC,
-                chunk_bytes=self._chunk_bytes,
-            )
-        if is_keyframe or size <= SHA256_BYTES:
-            sha256 = await crunch(size, lambda: sha256_of(own))
-        manifest = Manifest(
-            version=version,
-            parent=None if head is None else head.manifest.version,
-            epoch=epoch,
-            model_id=self._model_id,
-            upload_id=upload_id,
-            delta=delta,
-            keyframe=keyframe,
-            tensors=tensors,
-            digest=version_digest(tensors),
-            sha256=sha256,
-            canary=canary,
-            optimizer_steps=optimizer_steps,
-            published_at=self._clock(),
-            producer=self._producer,
-        )
-        if self._clock() - started_at > ORPHAN_AGE_S / 2:
-            raise BusUnavailable(f"version {version}: the upload took too long, publish it again")
-        self._head = await self._append(manifest, 0 if head is None else head.seq)
-        self._note(self._head)
-        self._base = _Base(own, tensors)
-        self._own_ids = {self._head.manifest.upload_id}
-        uploaded = sum(a.num_bytes for a in (keyframe, delta) if a is not None)
+            self._refuse_if_late(started_at, f"version {manifest.version}")
+            entry = await append_manifest(self._bus, manifest, after=head, own_ids=self._own_ids)
+            self._head = entry
+            self._published.note_manifest(entry.seq, entry.manifest)
+            self._own_ids = {entry.manifest.upload_id}
+            self._base = None  # whatever goes wrong now must not leave a mixture behind
+            self._base = await stored.move_base(state)
         seconds = time.perf_counter() - started
         self._log.info(
             "version_published",
-            version=version,
-            digest=manifest.digest,
-            num_bytes=uploaded,
-            keyframe=is_keyframe,
+            version=entry.manifest.version,
+            digest=entry.manifest.digest,
+            num_bytes=stored.num_bytes,
+            keyframe=stored.keyframe is not None,
             seconds=round(seconds, 4),
         )
-        return Published(self._head.manifest, uploaded, seconds)
+        return Published(entry.manifest, stored.num_bytes, seconds)
+
+    async def publish_keyframe(self, *, reason: Literal["due", "wanted"]) -> Keyframe | None:
+        """Make the head available in full; None while there is no copy of it (see `hold`).
+
+        A version that is to be published meanwhile waits for it.
+
+        Raises:
+            Fatal: the copy is not the version that was published.
+            BusError: the bus or the store refused or did not answer; calling again is safe.
+        """
+        async with self._lock:
+            base, head = self._base, self.head
+            if base is None or head is None:
+                return None
+            started, started_at = time.perf_counter(), self._clock()
+            sha256 = await crunch(base.num_bytes, lambda: base.check(head))
+            artefact = await self._artefacts.keyframe(f"{uuid.uuid4().hex}-k", base.state)
+            self._refuse_if_late(started_at, f"keyframe of version {head.version}")
+            keyframe = Keyframe(
+                version=head.version,
+                artefact=artefact,
+                digest=head.digest,
+                sha256=sha256,
+                published_at=self._clock(),
+                producer=self._producer,
+            )
+            await self._bus.append(
+                self._bus.subjects.keyframe, encode(keyframe), msg_id=artefact.upload_id
+            )
+            self._published.note_keyframe(keyframe)
+        self._log.info(
+            "keyframe_published",
+            version=keyframe.version,
+            reason=reason,
+            num_bytes=artefact.num_bytes,
+            seconds=round(time.perf_counter() - started, 4),
+        )
+        return keyframe
 
     async def purge_below(self, oldest_needed: int) -> int | None:
         """Drop what nobody needs; return the oldest version kept, None when nothing can go.
 
-        Kept are the newest keyframe at or below `oldest_needed` and everything after it. Chunks
-        older than that keyframe go by position, and with them all orphans of that time.
+        Kept are the newest intact keyframe at or below `oldest_needed` and everything after it.
+        Chunks older than all of that go by position, and with them the orphans of that time.
+
+        Raises:
+            BusError: the bus refused or did not answer; calling again is safe.
         """
-        kept = oldest_kept(self._keyframes, oldest_needed)
-        if kept is None or min(self._seqs) == kept.version:
-            return None
-        first_chunk = await self._bus.last(self._bus.subjects.chunk(kept.upload_id, 0))
-        if first_chunk is None:
-            self._log.error("keyframe_vanished", version=kept.version)
-            return None
-        # Manifests first: a manifest without chunks would send followers searching.
-        await self._bus.purge("manifests", kept.manifest_seq)
-        await self._bus.purge("chunks", first_chunk.seq)
-        self._seqs = {v: seq for v, seq in self._seqs.items() if v >= kept.version}
-        self._keyframes = [k for k in self._keyframes if k.version >= kept.version]
-        return kept.version
+        return await self._purge.below(self._published, oldest_needed)
 
     async def sweep_orphans(self, min_age_s: float = ORPHAN_AGE_S) -> int:
-        """Drop uploads that no manifest names; return how many."""
-        orphans = await sweep_orphans(self._bus, older_than=self._clock() - min_age_s)
+        """Drop uploads that neither manifest nor keyframe record names; return how many.
+
+        Raises:
+            BusError: the bus or the store refused or did not answer.
+        """
+        named = await read_named_uploads(self._bus)
+        older_than = self._clock() - min_age_s
+        try:
+            orphans = await sweep_orphans(
+                self._bus, self._store, named=named, older_than=older_than
+            )
+        except OSError as error:
+            raise BusUnavailable(f"weights.keyframe_store: {error}") from error
         if orphans:
             self._log.info("orphans_swept", uploads=orphans)
         return orphans
 
-    async def _append(self, manifest: Manifest, expected_seq: int) -> Logged:
-        subject = self._bus.subjects.manifest
-        try:
-            seq = await self._bus.append(
-                subject,
-                encode(manifest),
-                expect_last_subject_seq=expected_seq,
-                msg_id=manifest.upload_id,
-            )
-        except Conflict as conflict:
-            record = await self._bus.last(subject)
-            found = None if record is None else decode(record.payload, Manifest)
-            if record is None or found is None or found.upload_id not in self._own_ids:
-                owner = "nobody" if found is None else found.producer
-                raise Fenced(
-                    f"version {manifest.version} was published by {owner}: "
-                    "another learner owns this run"
-                ) from conflict
-            if found.digest != manifest.digest:
-                raise Fatal(
-                    f"version {found.version} is committed with digest {found.digest}; a number "
-                    f"is never reused for other bytes ({manifest.digest}): restart and replay"
-                ) from conflict
-            return Logged(record.seq, found)
-        return Logged(seq, manifest)
+    async def _hold(self, state: Mapping[str, torch.Tensor]) -> bool:
+        head = self.head
+        if head is None:
+            return False
+        base = await crunch(num_bytes(state), lambda: BaseCopy(state, owned=True))
+        if base.digest != head.digest:
+            self._log.warning("held_state_is_not_head", head=head.version)
+            return False
+        self._base = base
+        return True
 
-    def _note(self, entry: Logged) -> None:
-        version, keyframe = entry.manifest.version, entry.manifest.keyframe
-        self._seqs[version] = entry.seq
-        if keyframe is not None:
-            self._keyframes.append(KeyframePlace(version, entry.seq, keyframe.upload_id))
+    def _refuse_if_late(self, started_at: float, what: str) -> None:
+        """Refuse to name an upload that sweepers of orphans may have taken.
 
-    def _delta_base(self, previous_state: Mapping[str, torch.Tensor] | None) -> _Base | None:
-        """Return the head's bytes and specs if this publisher has them."""
-        if self._head is None:
-            return None
-        if self._base is not None:
-            return self._base
-        if previous_state is None:
-            return None
-        tensors = specs(previous_state)
-        if version_digest(tensors) != self._head.manifest.digest:
-            self._log.warning("previous_state_is_not_head", head=self._head.manifest.version)
-            return None
-        return _Base(previous_state, tensors)
+        Raises:
+            BusUnavailable: it took too long.
+        """
+        if self._clock() - started_at > ORPHAN_AGE_S / 2:
+            raise BusUnavailable(f"{what}: the upload took too long, publish it again")

@@ -35,8 +35,8 @@ class KeyframePlace:
 
     version: int
     upload_id: str
-    located: bool
-    """A file of the keyframe store; else on the chunk stream."""
+    num_chunks: int
+    """On the chunk stream; 0: a file of the keyframe store."""
 
 
 class PublishedLog:
@@ -86,21 +86,20 @@ class PublishedLog:
         deltas = {u for version, u in self.deltas.items() if version > kept}
         if self.deltas:
             deltas.add(self.deltas[max(self.deltas)])
-        places = {p.upload_id for p in self.keyframes if p.version >= kept and not p.located}
+        places = {p.upload_id for p in self.keyframes if p.version >= kept and p.num_chunks}
         return frozenset(deltas | places)
 
     def drop_below(self, kept: int) -> list[KeyframePlace]:
         """Forget the versions below `kept`; return their keyframes that are files."""
-        files = [p for p in self.keyframes if p.version < kept and p.located]
+        files = [p for p in self.keyframes if p.version < kept and not p.num_chunks]
         self.seqs = {v: seq for v, seq in self.seqs.items() if v >= kept}
         self.deltas = {v: upload for v, upload in self.deltas.items() if v >= kept}
         self.keyframes = [p for p in self.keyframes if p.version >= kept]
         return files
 
+    def forget(self, place: KeyframePlace) -> None:
+        """Strike a keyframe that is not what it should be: it is no base to rely on."""
+        self.keyframes.remove(place)
+
     def _place(self, version: int, artefact: Artefact) -> None:
-        self.keyframes.append(KeyframePlace(version, artefact.upload_id, bool(artefact.location)))
-
-
-def upload_ids(manifest: Manifest) -> frozenset[str]:
-    """Return the upload ids whose chunks a manifest needs."""
-    return frozenset(a.upload_id for a in (manifest.delta, manifest.keyframe) if a is not None)
+        self.keyframes.append(KeyframePlace(version, artefact.upload_id, artefact.num_chunks))

@@ -65,6 +65,31 @@ def route(
     return None
 
 
+def reachable(
+    manifests: Mapping[int, Manifest],
+    held: Container[int],
+    broken: Container[str] = (),
+    keyframes: Mapping[int, Sequence[Keyframe]] | None = None,
+) -> frozenset[int]:
+    """Return all versions that `route` finds a way to, among those with a manifest."""
+    onward: dict[int, list[int]] = {}
+    ahead: list[int] = []
+    for version in manifests:
+        steps = list(_into(manifests, version, broken, keyframes or {}))
+        if version in held or any(s.base is None or s.base in held for s in steps):
+            ahead.append(version)
+        for step in steps:
+            if step.base is not None:
+                onward.setdefault(step.base, []).append(version)
+    found: set[int] = set()
+    while ahead:
+        version = ahead.pop()
+        if version not in found:
+            found.add(version)
+            ahead += onward.get(version, ())
+    return frozenset(found)
+
+
 def _from(version: int, chain: Mapping[int, tuple[Step, int] | None]) -> list[Step]:
     """Return the steps from `version` to the target."""
     steps: list[Step] = []

@@ -13,7 +13,7 @@ from shared.runtime.logs import Log
 from shared.runtime.memory_bus import MemoryBus
 from shared.runtime.memory_server import MemoryServer
 from shared.weights.canary import canary_tokens, make_canary
-from shared.weights.digests import specs, version_digest
+from shared.weights.digests import sha256_of, specs, version_digest
 from shared.weights.follower import Follower
 from shared.weights.history import WeightHistory
 from shared.weights.publisher import Publisher
@@ -110,7 +110,10 @@ def new_bus(server: MemoryServer) -> Callable[[], MemoryBus]:
 def new_publisher(
     new_bus: Callable[[], MemoryBus], canary: Canary
 ) -> Callable[..., Awaitable[SimpleNamespace]]:
-    """A started publisher with `put(state)`; chunks of 200 bytes, a keyframe every 4 versions."""
+    """A started publisher with `put(state)`, which publishes, and a keyframe when one is due.
+
+    Chunks of 200 bytes, a keyframe every 4 versions.
+    """
 
     async def make(bus: object = None, **options: object) -> SimpleNamespace:
         defaults: dict[str, object] = {
@@ -129,9 +132,36 @@ def new_publisher(
         async def put(state: State, **kwargs: object) -> Manifest:
             options = {"epoch": 0, "optimizer_steps": 0, "canary": canary} | kwargs
             published = await publisher.publish(state, **options)  # type: ignore[arg-type]
+            if publisher.keyframe_due:
+                await publisher.publish_keyframe(reason="due")
             return published.manifest
 
         return SimpleNamespace(publisher=publisher, head=head, put=put)
+
+    return make
+
+
+@pytest.fixture
+def run_of(
+    new_publisher: Callable[..., Awaitable[SimpleNamespace]],
+    make_state: Callable[[int], State],
+    mutate: Callable[[State, int], State],
+) -> Callable[..., Awaitable[SimpleNamespace]]:
+    """A publisher with n versions published, their manifests and states; `more` publishes on."""
+
+    async def make(n: int, bus: object = None, **options: object) -> SimpleNamespace:
+        p = await new_publisher(bus, **options)
+        p.states = [make_state(0)]
+        p.manifests = []
+
+        async def more(count: int) -> None:
+            for _ in range(count):
+                p.manifests.append(await p.put(p.states[-1]))
+                p.states.append(mutate(p.states[-1], len(p.states)))
+
+        p.more = more
+        await more(n)
+        return p
 
     return make
 
@@ -147,38 +177,49 @@ class Following:
         self.changed: list[frozenset[str] | None] = []
         self.pause_s = 0.0
 
-    async def on_head(self, manifest, state, changed) -> None:  # type: ignore[no-untyped-def]
-        assert version_digest(specs(state)) == manifest.digest
+    async def on_head(self, manifest: Manifest, changed: frozenset[str] | None) -> None:
+        assert await self.sha256(manifest.version) == manifest.sha256
         self.heads.append(manifest.version)
         self.changed.append(changed)
         await asyncio.sleep(self.pause_s)
 
-    async def on_version(self, manifest, state) -> None:  # type: ignore[no-untyped-def]
-        assert version_digest(specs(state)) == manifest.digest
+    async def on_version(self, manifest: Manifest) -> None:
+        assert await self.sha256(manifest.version) == manifest.sha256
         self.versions.append(manifest.version)
+
+    async def sha256(self, version: int) -> str:
+        """Hash of a version as the history lends it."""
+        async with self.history.at(version) as state:
+            assert version_digest(specs(state)) == self.history.manifest(version).digest
+            return sha256_of(state)
 
     async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
         async with asyncio.timeout(timeout_s):
             while not condition():  # noqa: ASYNC110 - any condition, test code
                 await asyncio.sleep(0.005)
 
-    async def until_head(self, version: int) -> None:
-        await self.until(lambda: bool(self.heads) and self.heads[-1] == version)
+    async def until_head(self, version: int, timeout_s: float = 5.0) -> None:
+        await self.until(lambda: bool(self.heads) and self.heads[-1] == version, timeout_s)
 
 
 @pytest.fixture
 def following(new_bus: Callable[[], MemoryBus]):  # type: ignore[no-untyped-def]
+    """A running follower; with start="newest" its history keeps no past unless one is given."""
+
     @asynccontextmanager
     async def run(
-        start: str = "newest", bus: object = None, history: WeightHistory | None = None
+        start: str = "newest",
+        bus: object = None,
+        history: WeightHistory | None = None,
+        **options: object,
     ) -> AsyncIterator[Following]:
-        history = history or WeightHistory()
+        history = history or WeightHistory(keep_past=start != "newest")
+        defaults: dict[str, object] = {"chunk_timeout_s": 0.05, "retry_s": 0.05}
         follower = Follower(
             bus or new_bus(),  # type: ignore[arg-type]
             history,
             log=Log("test"),
-            chunk_timeout_s=0.05,
-            retry_s=0.05,
+            **(defaults | options),  # type: ignore[arg-type]
         )
         seen = Following(follower, history)
         task = asyncio.create_task(

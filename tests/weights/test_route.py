@@ -5,7 +5,7 @@ import random
 import pytest
 
 from shared.weights.quarantine import MAX_PAUSE_S, Quarantine
-from shared.weights.route import route
+from shared.weights.route import reachable, route
 from shared.wire.weights import Artefact, Keyframe
 
 
@@ -145,6 +145,7 @@ def test_no_way_is_cheaper_than_the_one_returned(manifests, seed: int) -> None:
                     cost[v] = min(cost.get(v, 10**9), cost[v - 1] + m.delta.num_bytes)
                 if v in cost and v - 1 in known:
                     cost[v - 1] = min(cost.get(v - 1, 10**9), cost[v] + m.delta.num_bytes)
+    assert reachable(known, held, broken) == cost.keys() & known.keys()
     for target in range(10):
         steps = route(known, held, target, broken)
         if steps is None:

@@ -1,0 +1,76 @@
+"""Where a publisher's deltas and keyframes go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from shared.runtime.bus import Bus
+from shared.runtime.errors import BusUnavailable
+from shared.weights import deltas, keyframes
+from shared.weights.chunks import Uploaded, upload
+from shared.weights.deltas import DeltaWriter
+from shared.weights.digests import num_bytes
+from shared.weights.keyframe_store import KeyframeStore, put_keyframe
+from shared.weights.offload import INLINE_BYTES
+from shared.wire.weights import Artefact
+
+
+class ArtefactWriter:
+    """Stores artefacts piece by piece: deltas on the bus, keyframes there or in the store."""
+
+    def __init__(self, bus: Bus, store: KeyframeStore | None, chunk_bytes: int) -> None:
+        self._bus = bus
+        self._store = store
+        self._chunk_bytes = chunk_bytes
+        self.first_seqs: dict[str, int] = {}
+        """upload id -> sequence of its first chunk."""
+
+    async def delta(self, upload_id: str, writer: DeltaWriter, size: int) -> Artefact:
+        """Store a delta between states of `size` bytes; the writer's `tensors` are known then.
+
+        Raises:
+            BusError: the bus refused or did not answer.
+        """
+        pieces = _at_once(writer.pieces(), size)
+        uploaded = await upload(
+            self._bus,
+            "delta",
+            pieces,
+            upload_id=upload_id,
+            encoding=deltas.CODEC,
+            chunk_bytes=self._chunk_bytes,
+        )
+        return self._noted(uploaded)
+
+    async def keyframe(self, upload_id: str, state: Mapping[str, torch.Tensor]) -> Artefact:
+        """Store a state in full.
+
+        Raises:
+            BusError: the bus refused or did not answer, or the store did.
+        """
+        pieces = keyframes.SafetensorsPieces(state)
+        if self._store is not None:
+            try:
+                return await put_keyframe(self._store, upload_id, pieces)
+            except OSError as error:
+                raise BusUnavailable(f"weights.keyframe_store: {error}") from error
+        uploaded = await upload(
+            self._bus,
+            "keyframe",
+            _at_once(pieces, num_bytes(state)),
+            upload_id=upload_id,
+            encoding=keyframes.ENCODING,
+            chunk_bytes=self._chunk_bytes,
+        )
+        return self._noted(uploaded)
+
+    def _noted(self, uploaded: Uploaded) -> Artefact:
+        self.first_seqs[uploaded.artefact.upload_id] = uploaded.first_seq
+        return uploaded.artefact
+
+
+def _at_once(pieces: Iterable[bytes], size: int) -> Iterable[bytes]:
+    """Return pieces of a small model as a list: a thread hop per piece would cost more."""
+    return list(pieces) if size <= INLINE_BYTES else pieces
