@@ -1,172 +1,281 @@
 from __future__ import annotations
 
+import asyncio
+import random
+
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.weights.bits import same_bits
-from shared.weights.digests import specs, version_digest
-from shared.weights.errors import MissingVersion
+from shared.weights import deltas
+from shared.weights.errors import Corrupt, MissingVersion, WeightsError
 from shared.weights.history import WeightHistory
-from shared.weights.publisher import verify_same
-from shared.weights.retention import KeyframePlace, oldest_kept, oldest_needed
-from shared.wire.base import Array
-from shared.wire.weights import Canary, Manifest
-
-
-def _manifest(state) -> Manifest:
-    canary = Canary(
-        token_ids=Array.of([[0, 0]], "i4"), logprobs=Array.of([[0]], "f4"), tolerance=0.0
-    )
-    return Manifest(
-        version=0,
-        parent=None,
-        upload_id="u",
-        delta=None,
-        keyframe=None,
-        tensors=specs(state),
-        digest="d",
-        sha256=None,
-        canary=canary,
-        published_at=0.0,
-        producer="t",
-    )
-
-
-def test_a_snapshot_does_not_follow_in_place_training(make_state, make_manifest) -> None:
-    live = make_state(0)
-    history = WeightHistory()
-    manifest = make_manifest(0, live)
-    history.append(manifest, live)
-    for tensor in live.values():
-        tensor.add_(1)
-    held = history.materialise(0)
-    assert version_digest(specs(held)) == manifest.digest
-    assert version_digest(specs(live)) != manifest.digest
-
-
-def test_unchanged_tensors_are_held_once(make_state, mutate, make_manifest) -> None:
-    old = make_state(0)
-    new = mutate(old, 1)
-    history = WeightHistory()
-    history.append(make_manifest(0, old), old)
-    one = history.bytes_held
-    history.append(make_manifest(1, new), new)
-    assert history.materialise(1)["steps"] is history.materialise(0)["steps"]
-    assert history.materialise(1)["wte.weight"] is not history.materialise(0)["wte.weight"]
-    assert one < history.bytes_held < 2 * one
-    assert version_digest(specs(history.materialise(0))) == history.manifest(0).digest
-    assert version_digest(specs(history.materialise(1))) == history.manifest(1).digest
-
-
-def test_a_miss_raises_and_names_what_is_held(make_state, make_manifest) -> None:
-    history = WeightHistory()
-    with pytest.raises(MissingVersion, match="none"):
-        history.materialise(0)
-    state = make_state(0)
-    for version in (3, 4):
-        history.append(make_manifest(version, state), state)
-    with pytest.raises(MissingVersion, match=r"version 2 .*3\.\.4") as caught:
-        history.materialise(2)
-    assert (caught.value.version, caught.value.held) == (2, (3, 4))
-    with pytest.raises(MissingVersion):
-        history.manifest(5)
-
-
-def test_a_number_cannot_be_held_with_other_bytes(make_state, make_manifest) -> None:
-    history = WeightHistory()
-    history.append(make_manifest(1, make_state(0)), make_state(0))
-    history.append(make_manifest(1, make_state(0)), make_state(0))
-    with pytest.raises(ValueError, match="version 1"):
-        history.append(make_manifest(1, make_state(1)), make_state(1))
-    assert history.versions == (1,)
-
-
-def test_a_state_that_is_not_the_manifests_is_refused(make_state, make_manifest) -> None:
-    state = make_state(0)
-    manifest = make_manifest(0, state)
-    del state["scalar"]
-    with pytest.raises(ValueError, match="scalar"):
-        WeightHistory().append(manifest, state)
-
-
-def test_older_versions_can_join_later(make_state, mutate, make_manifest) -> None:
-    states = [make_state(0)]
-    for i in range(4):
-        states.append(mutate(states[-1], i))
-    history = WeightHistory()
-    for version in (3, 4, 1, 0, 2):
-        history.append(make_manifest(version, states[version]), states[version])
-    assert history.versions == (0, 1, 2, 3, 4)
-    assert history.newest == 4
-    for version, state in enumerate(states):
-        held = history.materialise(version)
-        assert all(same_bits(held[n], state[n]) for n in state)
-
-
-@given(
-    st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=30),
+from tests.weights.chains import (
+    Chain,
+    bits_of,
+    manifest_of,
+    random_state,
 )
-def test_eviction_never_drops_a_version_at_or_above_the_mark_nor_the_newest(events) -> None:
-    history = WeightHistory()
+
+# --- exactness
+
+
+@pytest.mark.parametrize("code", ["BF16", "F32", "F16", "F64", "F8_E4M3"])
+async def test_a_chain_of_200_versions_is_exact_forward_backward_and_in_any_order(code) -> None:
+    shapes = {"a": (code, (13, 7)), "b": (code, ()), "c": (code, (0,)), "d": ("I64", (3,))}
+    chain = Chain(200, seed=len(code), share=None, shapes=shapes)
+    history = await chain.history(200)
+
+    async def visit(versions) -> None:
+        for version in versions:
+            async with history.at(version) as state:
+                assert bits_of(state) == chain.bits[version]
+
+    await visit(reversed(range(200)))
+    await visit(range(200))
+    shuffled = random.Random(1)
+    await visit(shuffled.sample(range(200), 12))
+    for mark in (30, 31, 150, 198):
+        history.evict_below(mark)
+        assert history.versions == tuple(range(mark, 200))
+        await visit(shuffled.sample(history.versions, min(4, len(history.versions))))
+    assert history.faults == 0
+
+
+_steps = st.lists(
+    st.tuples(
+        st.sampled_from(["delta", "delta", "delta", "keyframe", "at", "evict", "bad", "clear"]),
+        st.integers(0, 14),
+    ),
+    max_size=40,
+)
+_CHAIN = Chain(15, seed=5, share=None, has_sha256=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps=_steps, keep_past=st.booleans())
+def test_whatever_happens_a_version_is_lent_exactly_or_not_at_all(steps, keep_past) -> None:
+    asyncio.run(_walk(_CHAIN, steps, keep_past))
+
+
+async def _walk(chain: Chain, steps: list[tuple[str, int]], keep_past: bool) -> None:
+    history = WeightHistory(keep_past=keep_past, spool_bytes=300)
     held: set[int] = set()
-    state = {"w": torch.zeros(1)}
-    base = _manifest(state)
-    for is_append, version in events:
-        if is_append:
-            history.append(base.model_copy(update={"version": version}), state)
-            held.add(version)
-        else:
+    for step, version in steps:
+        if step == "delta" and version:
+            try:
+                await chain.apply(history, version)
+            except MissingVersion:
+                assert version - 1 not in held
+            else:
+                assert held & {version, version - 1} or (held and keep_past)  # a way-point
+                held = held | {version} if keep_past else {version}
+        elif step == "keyframe":
+            await history.load_keyframe(chain.manifests[version], chain.keyframe(version))
+            held = held | {version} if keep_past else {version}
+        elif step == "at" and version in held:
+            async with history.at(version) as state:
+                assert bits_of(state) == chain.bits[version]
+            assert history.position == version
+        elif step == "at":
+            with pytest.raises(MissingVersion):
+                async with history.at(version):
+                    pytest.fail("lent a version that is not held")
+        elif step == "evict":
             dropped = history.evict_below(version)
-            assert all(v < version for v in dropped)
-            held = {v for v in held if v >= version or v == max(held)}
-        assert set(history.versions) == held
-        for version in held:
-            assert history.materialise(version)["w"].item() == 0.0
+            assert set(dropped) == {v for v in held if v < version and v != max(held)}
+            held -= set(dropped)
+        elif step == "bad" and version > 1 and chain.bits[version - 2] != chain.bits[version - 1]:
+            with pytest.raises(WeightsError):
+                await history.apply_delta(
+                    chain.manifests[version].model_copy(update={"version": 99}),
+                    version - 2,
+                    chain.spool(version),
+                )
+        elif step == "clear":
+            history.clear()
+            held = set()
+        assert history.versions == tuple(sorted(held))
+        assert history.newest == max(held, default=-1)
+    await chain.must_hold(history, *held)
+    assert history.faults == 0
+    history.clear()
+    assert (history.versions, history.bytes_held, history.bytes_spilled) == ((), 0, 0)
+    assert chain.open_spools == 0
+    chain.spools.clear()
 
 
-def test_a_materialised_version_survives_its_eviction(make_state, mutate, make_manifest) -> None:
-    history = WeightHistory()
-    state = make_state(0)
-    history.append(make_manifest(0, state), state)
-    using = history.materialise(0)
-    newer = mutate(state, 1)
-    history.append(make_manifest(1, newer), newer)
-    assert history.evict_below(1) == (0,)
-    assert version_digest(specs(using)) == make_manifest(0, state).digest
+async def test_a_miss_raises_and_names_what_is_held() -> None:
+    chain = Chain(4)
+    history = await chain.history()
+    with pytest.raises(MissingVersion, match="none"):
+        async with history.at(0):
+            pytest.fail("there is nothing")
+    assert (history.newest, history.position, history.bytes_held) == (-1, -1, 0)
+    history = await chain.history(3)
+    with pytest.raises(MissingVersion, match=r"version 3 .*0\.\.2") as caught:
+        history.manifest(3)
+    assert (caught.value.version, caught.value.held) == (3, (0, 1, 2))
+    await chain.must_hold(history, 0, 1, 2)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({}, 9),
-        ({"token_versions": [7, 8]}, 7),
-        ({"token_versions": [7], "issue_versions": [5, 9]}, 5),
-        ({"token_versions": [7], "issue_versions": [8], "checkpoint_versions": [3, 6]}, 3),
-        ({"issue_versions": [12]}, 9),
-    ],
-)
-def test_the_low_water_mark_is_the_oldest_reference(arguments, expected: int) -> None:
-    assert oldest_needed(9, **arguments) == expected
+async def test_versions_may_fork() -> None:
+    chain = Chain(4)
+    history = await chain.history(3)
+    other = manifest_of(3, random_state(77))
+    fork = deltas.encode(chain.states[1], random_state(77))
+    await history.apply_delta(other, 1, chain.spool(fork))
+    async with history.at(3) as state:
+        assert bits_of(state) == bits_of(random_state(77))
+    async with history.at(2) as state:
+        assert bits_of(state) == chain.bits[2]
 
 
-def test_retention_keeps_the_newest_keyframe_at_or_below_the_mark() -> None:
-    places = [KeyframePlace(v, v + 1, f"u{v}") for v in (0, 4, 8)]
-    assert [oldest_kept(places, n) for n in (0, 3, 4, 7, 8, 99)] == [
-        places[0],
-        places[0],
-        places[1],
-        places[1],
-        places[2],
-        places[2],
-    ]
-    assert oldest_kept(places[1:], 3) is None
+async def test_k_versions_cost_one_copy_and_the_deltas_between_them() -> None:
+    chain = Chain(5, share=0.02)
+    history = await chain.history(5)
+    assert history.bytes_held == chain.size + sum(len(delta) for delta in chain.deltas)
+    assert history.bytes_spilled == 0
+    before = {name: tensor.data_ptr() for name, tensor in history._replica.state.items()}
+    async with history.at(0) as state:
+        assert {name: tensor.data_ptr() for name, tensor in state.items()} == before
 
 
-def test_verify_same_accepts_only_the_very_bytes(make_state, make_manifest) -> None:
-    state = make_state(0)
-    manifest = make_manifest(5, state)
-    assert verify_same(manifest, make_state(0))
-    state["scalar"] = -state["scalar"]
-    assert not verify_same(manifest, state)
+async def test_a_version_that_is_held_is_not_taken_in_again() -> None:
+    chain = Chain(3)
+    history = await chain.history(3)
+    async with history.at(0):
+        pass
+    await chain.apply(history, 2)
+    await history.load_keyframe(chain.manifests[2], chain.keyframe(2))
+    assert history.position == 0
+    await chain.must_hold(history, 0, 1, 2)
+    assert chain.open_spools == 2
+
+
+async def test_a_number_cannot_be_held_with_other_bytes() -> None:
+    chain, other = Chain(3), Chain(3, seed=9)
+    history = await chain.history(3)
+    with pytest.raises(Corrupt, match="version 2"):
+        await other.apply(history, 2)
+    with pytest.raises(Corrupt, match="version 2"):
+        await history.load_keyframe(other.manifests[2], other.keyframe(2))
+    await chain.must_hold(history, 0, 1, 2)
+
+
+# --- only the newest
+
+
+async def test_without_a_past_exactly_one_version_is_held_and_no_delta() -> None:
+    chain = Chain(6)
+    history = await chain.history(4, keep_past=False)
+    assert (history.versions, history.newest, history.position) == ((3,), 3, 3)
+    assert (history.bytes_held, history.bytes_spilled) == (chain.size, 0)
+    assert chain.open_spools == 0
+    await chain.must_hold(history, 3)
+    memory = {name: tensor.data_ptr() for name, tensor in history._replica.state.items()}
+    await history.load_keyframe(chain.manifests[5], chain.keyframe(5))
+    await chain.must_hold(history, 5)
+    assert {name: t.data_ptr() for name, t in history._replica.state.items()} == memory
+    assert history.bytes_held == chain.size
+
+
+# --- eviction
+
+
+async def test_an_evicted_version_between_kept_ones_stays_as_a_way_point() -> None:
+    chain = Chain(9)
+    history = await chain.history(3)
+    await history.load_keyframe(chain.manifests[8], chain.keyframe(8))  # 0 - 1 - 2 - 8
+    async with history.at(0):
+        pass
+    await history.load_keyframe(chain.manifests[5], chain.keyframe(5))  # and 0 - 5
+    held = history.bytes_held
+    assert history.evict_below(5) == (0, 1, 2)
+    await chain.must_hold(history, 5, 8)
+    assert history.bytes_held == held  # all of them connect 5 and 8
+    assert history.evict_below(6) == (5,)
+    assert history.position == 8
+    await chain.must_hold(history, 8)
+    assert (history.bytes_held, chain.open_spools) == (chain.size, 0)
+
+
+async def test_a_way_point_can_be_asked_for_again() -> None:
+    chain = Chain(4)
+    history = await chain.history(4)
+    async with history.at(0):
+        history.evict_below(3)
+        assert history.versions == (3,)
+        with pytest.raises(MissingVersion):
+            history.manifest(1)
+    async with history.at(3):
+        pass
+    history = await chain.history(4)
+    async with history.at(0):
+        pass
+    history.evict_below(3)
+    await chain.apply(history, 2)  # still there, between the copy and 3
+    await history.load_keyframe(chain.manifests[1], chain.keyframe(1))
+    await chain.must_hold(history, 1, 2, 3)
+
+
+async def test_a_version_below_the_mark_that_the_copy_is_at_is_not_lent_again() -> None:
+    chain = Chain(5)
+    history = await chain.history(5)
+    async with history.at(1):
+        pass
+    assert history.evict_below(3) == (0, 1, 2)
+    assert history.position == 1
+    with pytest.raises(MissingVersion):
+        async with history.at(1):
+            pytest.fail("evicted")
+    await chain.must_hold(history, 3, 4)
+    assert history.bytes_held == chain.size + len(chain.deltas[4])
+
+
+async def test_the_newest_version_is_never_evicted() -> None:
+    chain = Chain(3)
+    history = await chain.history(3)
+    assert history.evict_below(99) == (0, 1)
+    assert history.evict_below(99) == ()
+    await chain.must_hold(history, 2)
+
+
+async def test_eviction_during_a_lease_hides_at_once_and_drops_afterwards() -> None:
+    chain = Chain(4)
+    history = await chain.history(4)
+    async with history.at(0) as state:
+        assert history.evict_below(2) == (0, 1)
+        assert history.versions == (2, 3)
+        assert bits_of(state) == chain.bits[0]
+        assert chain.open_spools == 3
+    assert history.position == 0  # needed to get away from here
+    await chain.must_hold(history, 2, 3)
+    assert chain.open_spools == 1
+
+
+async def test_clearing_during_a_lease_takes_effect_at_once_and_gives_back_afterwards() -> None:
+    chain = Chain(3)
+    history = await chain.history(3)
+    async with history.at(1) as state:
+        history.clear()
+        assert (history.versions, history.newest) == ((), -1)
+        assert history.evict_below(2) == ()
+        assert bits_of(state) == chain.bits[1]
+        assert history.bytes_held > 0
+    assert (history.bytes_held, history.position, chain.open_spools) == (0, -1, 0)
+    await history.load_keyframe(chain.manifests[1], chain.keyframe(1))
+    await chain.must_hold(history, 1)
+
+
+async def test_deltas_beyond_the_memory_they_may_take_go_to_files() -> None:
+    chain = Chain(8)
+    limit = len(chain.deltas[6]) + len(chain.deltas[7]) + 10
+    history = await chain.history(8, spool_bytes=limit)
+    assert history.bytes_held - chain.size <= limit
+    assert history.bytes_held + history.bytes_spilled == chain.size + sum(map(len, chain.deltas))
+    assert chain.open_spools == 2  # of those handed over; the others were copied to files
+    await chain.must_hold(history, *range(8))
+    history.evict_below(7)
+    await chain.must_hold(history, 7)
+    assert history.bytes_spilled == 0

@@ -10,19 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.weights import keyframes
-from shared.weights.bits import bits_dtype, dtype_of, from_bits, to_bits
+from shared.weights.bits import to_bits
 from shared.weights.deltas import DeltaReader
 from shared.weights.digests import sha256_of, specs, version_digest
 from shared.weights.errors import Corrupt, WrongBase
 from shared.weights.loading import Load
 from shared.weights.replica import Replica
 from shared.weights.spool import Spool
-from shared.wire.base import Array
-from shared.wire.weights import Canary, Manifest
+from tests.weights.chains import Shapes, State, bits_of, manifest_of, random_state
 
-State = dict[str, torch.Tensor]
-
-SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
+SHAPES: Shapes = {
     "a": ("F32", (40, 8)),
     "b": ("BF16", (7, 5)),
     "c": ("F8_E4M3", (33,)),
@@ -30,39 +27,6 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "e": ("I64", ()),
     "f": ("F32", (0, 3)),
 }
-CANARY = Canary(token_ids=Array.of([[0, 0]], "i4"), logprobs=Array.of([[0]], "f4"), tolerance=0.0)
-
-
-def random_state(seed: int) -> State:
-    rng = np.random.default_rng(seed)
-    state: State = {}
-    for name, (code, shape) in SHAPES.items():
-        width = dtype_of(code).itemsize
-        raw = rng.integers(0, 256, int(np.prod(shape)) * width, dtype=np.uint8)
-        state[name] = from_bits(raw.view(bits_dtype(width)), code, shape)
-    return state
-
-
-def manifest_of(state: State, *, sha256: str | None = None) -> Manifest:
-    tensors = specs(state)
-    return Manifest(
-        version=7,
-        parent=None,
-        upload_id="u",
-        delta=None,
-        keyframe=None,
-        tensors=tensors,
-        digest=version_digest(tensors),
-        sha256=sha256,
-        canary=CANARY,
-        published_at=0.0,
-        producer="t",
-    )
-
-
-def bits_of(state: object) -> dict[str, bytes]:
-    assert isinstance(state, dict) or hasattr(state, "items")
-    return {name: to_bits(tensor).tobytes() for name, tensor in state.items()}  # type: ignore[attr-defined]
 
 
 def cut(data: bytes, size: int) -> Iterator[bytes]:
@@ -78,14 +42,14 @@ def holding(state: State) -> tuple[Replica, State]:
     return replica, live
 
 
-OLD, NEW = random_state(1), random_state(2)
+OLD, NEW = random_state(1, SHAPES), random_state(2, SHAPES)
 FILE = keyframes.encode(NEW)
 
 
 @given(size=st.integers(1, len(FILE) + 1), has_past=st.booleans())
 def test_pieces_of_any_size_become_the_version(size: int, has_past: bool) -> None:
     replica, live = holding(OLD) if has_past else (Replica(), {})
-    load = Load(replica, manifest_of(NEW, sha256=sha256_of(NEW)))
+    load = Load(replica, manifest_of(7, NEW, has_sha256=True))
     for piece in cut(FILE, size):
         load.feed(piece)
         assert replica.is_empty or len(live)
@@ -100,7 +64,7 @@ def test_pieces_of_any_size_become_the_version(size: int, has_past: bool) -> Non
 
 def test_nothing_is_held_while_the_copy_is_written() -> None:
     replica, _ = holding(OLD)
-    load = Load(replica, manifest_of(NEW), Spool())
+    load = Load(replica, manifest_of(7, NEW), Spool())
     load.feed(FILE[:8])
     assert not replica.is_empty
     load.feed(FILE[8:-1])
@@ -119,7 +83,7 @@ def test_what_is_captured_leads_back_and_forward_again(size: int, changed: str) 
         to_bits(old["e"])[0] -= 1
     replica, _ = holding(old)
     spool = Spool()
-    load = Load(replica, manifest_of(NEW), spool)
+    load = Load(replica, manifest_of(7, NEW), spool)
     for piece in cut(FILE, size):
         load.feed(piece)
     assert load.finish()
@@ -139,7 +103,7 @@ def test_what_is_captured_leads_back_and_forward_again(size: int, changed: str) 
 def test_an_abort_takes_back_every_bit(size: int, fed: int) -> None:
     replica, _ = holding(OLD)
     with closing(Spool(memory_bytes=100)) as spool:
-        load = Load(replica, manifest_of(NEW), spool)
+        load = Load(replica, manifest_of(7, NEW), spool)
         for piece in cut(FILE[:fed], size):
             load.feed(piece)
         for _ in range(2):
@@ -150,7 +114,7 @@ def test_an_abort_takes_back_every_bit(size: int, fed: int) -> None:
 
 def test_an_abort_without_a_capture_leaves_nothing() -> None:
     replica, _ = holding(OLD)
-    load = Load(replica, manifest_of(NEW))
+    load = Load(replica, manifest_of(7, NEW))
     load.abort()
     assert replica.digest == version_digest(specs(OLD))  # nothing was written yet
     load.feed(FILE[:-1])
@@ -183,7 +147,7 @@ def test_a_keyframe_that_is_not_the_version_is_refused_at_its_very_end(
     data: bytes, what: str, is_captured: bool
 ) -> None:
     replica, _ = holding(OLD)
-    load = Load(replica, manifest_of(NEW), Spool() if is_captured else None)
+    load = Load(replica, manifest_of(7, NEW), Spool() if is_captured else None)
 
     def read() -> None:
         for piece in cut(data, 50):
@@ -218,22 +182,23 @@ def test_a_keyframe_of_another_model_is_refused_before_anything_is_written(
 ) -> None:
     replica, live = holding(OLD)
     before = bits_of(live)
-    load = Load(replica, manifest_of(NEW), Spool())
+    load = Load(replica, manifest_of(7, NEW), Spool())
     with pytest.raises(Corrupt, match=f"tensor '{name}' in the keyframe"):
         load.feed(keyframes.encode(other))
     assert bits_of(live) == before
     assert replica.digest == version_digest(specs(OLD))
     with pytest.raises(WrongBase, match=f"tensor '{name}'"):
-        Load(replica, manifest_of(other))
+        Load(replica, manifest_of(7, other))
     empty = Replica()
     with pytest.raises(Corrupt, match=f"tensor '{name}' in the keyframe"):
-        Load(empty, manifest_of(NEW)).feed(keyframes.encode(other))
+        Load(empty, manifest_of(7, NEW)).feed(keyframes.encode(other))
     assert empty.is_empty
 
 
 def test_a_version_with_another_full_hash_is_taken_back() -> None:
     replica, _ = holding(OLD)
-    load = Load(replica, manifest_of(NEW, sha256=sha256_of(OLD)), Spool())
+    manifest = manifest_of(7, NEW).model_copy(update={"sha256": sha256_of(OLD)})
+    load = Load(replica, manifest, Spool())
     load.feed(FILE)
     with pytest.raises(Corrupt, match=f"{sha256_of(OLD)}.*{sha256_of(NEW)}"):
         load.finish()
@@ -247,7 +212,7 @@ def test_a_version_with_another_full_hash_is_taken_back() -> None:
 def test_a_keyframe_heals_a_wrong_copy_and_says_that_there_is_no_way_back() -> None:
     replica, live = holding(OLD)
     to_bits(live["a"])[5] ^= 1
-    load = Load(replica, manifest_of(NEW), Spool())
+    load = Load(replica, manifest_of(7, NEW), Spool())
     load.feed(FILE)
     assert not load.finish()
     assert bits_of(replica.state) == bits_of(NEW)
@@ -256,7 +221,7 @@ def test_a_keyframe_heals_a_wrong_copy_and_says_that_there_is_no_way_back() -> N
 def test_a_wrong_copy_does_not_come_back_by_an_abort() -> None:
     replica, live = holding(OLD)
     to_bits(live["a"])[5] ^= 1
-    load = Load(replica, manifest_of(NEW), Spool())
+    load = Load(replica, manifest_of(7, NEW), Spool())
     load.feed(FILE)
     load.abort()
     assert replica.is_empty
@@ -264,7 +229,7 @@ def test_a_wrong_copy_does_not_come_back_by_an_abort() -> None:
 
 def test_digests_are_of_what_the_copy_holds_not_of_what_arrived() -> None:
     replica, _ = holding(OLD)
-    load = Load(replica, manifest_of(NEW))
+    load = Load(replica, manifest_of(7, NEW))
     load.feed(FILE[:-1])
     shadow = np.zeros(1, np.uint64)
 
@@ -298,7 +263,7 @@ class FullSpool(Spool):
 @pytest.mark.parametrize("writes", range(7))
 def test_a_full_disk_leaves_the_version_before_or_nothing(writes: int) -> None:
     replica, _ = holding(OLD)
-    load = Load(replica, manifest_of(NEW), FullSpool(writes))
+    load = Load(replica, manifest_of(7, NEW), FullSpool(writes))
 
     def read() -> None:
         load.feed(FILE)

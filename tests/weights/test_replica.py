@@ -9,16 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.weights import deltas
-from shared.weights.bits import bits_dtype, dtype_of, from_bits, to_bits
+from shared.weights.bits import to_bits
 from shared.weights.deltas import BytesSource, DeltaReader, DeltaWriter
 from shared.weights.digests import sha256_of, specs, version_digest
 from shared.weights.errors import Corrupt, WeightsError, WrongBase
 from shared.weights.replica import Replica
 from shared.wire.weights import TensorSpec
+from tests.weights.chains import Shapes, State, bits_of, changed_and_unchanged, random_state
 
-State = dict[str, torch.Tensor]
-
-SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
+SHAPES: Shapes = {
     "a": ("F32", (40, 8)),
     "b": ("BF16", (7, 5)),
     "c": ("F16", (6,)),
@@ -27,17 +26,6 @@ SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "f": ("I64", ()),
     "g": ("F32", (0, 3)),
 }
-
-
-def random_state(seed: int) -> State:
-    """Any bits: NaN payloads, infinities, negative zeros."""
-    rng = np.random.default_rng(seed)
-    state: State = {}
-    for name, (code, shape) in SHAPES.items():
-        width = dtype_of(code).itemsize
-        raw = rng.integers(0, 256, int(np.prod(shape)) * width, dtype=np.uint8)
-        state[name] = from_bits(raw.view(bits_dtype(width)), code, shape)
-    return state
 
 
 def stepped(state: State, seed: int, share: float = 0.1) -> State:
@@ -52,26 +40,15 @@ def stepped(state: State, seed: int, share: float = 0.1) -> State:
     return new
 
 
-def bits_of(state: object) -> dict[str, bytes]:
-    assert isinstance(state, dict) or hasattr(state, "items")
-    return {name: to_bits(tensor).tobytes() for name, tensor in state.items()}  # type: ignore[attr-defined]
-
-
 def flip(state: State, name: str, index: int) -> None:
     to_bits(state[name])[index] ^= 1
-
-
-def changed_and_unchanged(old: State, new: State) -> tuple[int, int]:
-    """Return the index of one element of `a` of each kind."""
-    differs = to_bits(old["a"]) != to_bits(new["a"])
-    return int(np.flatnonzero(differs)[-1]), int(np.flatnonzero(~differs)[-1])
 
 
 class Rig:
     """A replica at version 0, the states of versions 0..3, and the deltas between them."""
 
     def __init__(self, threads: int = 1) -> None:
-        self.states = [random_state(0)]
+        self.states = [random_state(0, SHAPES)]
         for seed in range(1, 4):
             self.states.append(stepped(self.states[-1], seed))
         self.specs = [specs(state) for state in self.states]
@@ -301,7 +278,7 @@ def test_an_interrupt_leaves_nothing_rather_than_something_doubtful() -> None:
     data=st.data(),
 )
 def test_whatever_delta_comes_the_copy_is_a_version_in_full(seed: int, steps, data) -> None:
-    states = [random_state(seed)]
+    states = [random_state(seed, SHAPES)]
     readers: list[DeltaReader] = []
     replica, at = Replica(), 0
     replica.put({n: t.clone() for n, t in states[0].items()}, specs(states[0]))
