@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.logit_oracle.scoring import LayoutKind, Piece, score_pieces
 from shared.backends.base import Backend
+from shared.backends.trajectory_scoring import LayoutKind, Piece, score_pieces
 from shared.runtime.errors import Fatal
 from shared.weights.canary import CanaryResult, backend_scorer, check_canary
 from shared.weights.history import State, WeightHistory

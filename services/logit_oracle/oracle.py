@@ -27,10 +27,11 @@ from services.logit_oracle.orders import (
     Store,
     Tick,
     Unscorable,
+    parts_of,
 )
-from services.logit_oracle.scoring import TrajectoryScore, objection, pieces_of
 from services.logit_oracle.storing import store_score
 from services.logit_oracle.versions import Versions
+from shared.backends.trajectory_scoring import TrajectoryScore, objection, pieces_of
 from shared.runtime.bus import Job, WorkQueue
 from shared.runtime.context import Context
 from shared.runtime.intake import FOREIGN_DELAY_S, accept
@@ -204,7 +205,7 @@ class Oracle:
         self._num_taken += 1
         number = self._num_taken
         pieces = pieces_of(outcome, kind=self._section.layout, temperature=self._temperature)
-        score = TrajectoryScore(number, outcome, pieces, self._bench.dtype)
+        score = TrajectoryScore(outcome, pieces, self._bench.dtype)
         renew_at = time.monotonic() + self._section.ack_wait_s / 3
         self._open[number] = _Open(job, terminal.ticket_id, score, renew_at)
         problem = objection(outcome, self._num_vocab)
@@ -214,7 +215,7 @@ class Oracle:
             self._context.log.error("terminal_refused", ticket=terminal.ticket_id, reason=problem)
             self._tell(Arrived(number, ()))
         else:
-            self._tell(Arrived(number, score.parts))
+            self._tell(Arrived(number, parts_of(number, pieces)))
 
     async def _renew(self) -> None:
         """Keep what is held from being delivered to another oracle."""

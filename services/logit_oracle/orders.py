@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from shared.backends.trajectory_scoring import Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +18,13 @@ class Part:
     version: int
     num_tokens: int
     """Prefix tokens to forward."""
+
+
+def parts_of(job: int, pieces: Sequence[Piece]) -> tuple[Part, ...]:
+    """Return the pieces of a trajectory as the elevator sees them."""
+    return tuple(
+        Part(job, index, piece.version, len(piece.token_ids)) for index, piece in enumerate(pieces)
+    )
 
 
 # --- events

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.logit_oracle.orders import Part
 from shared.algo.batching import pack
 from shared.algo.version_scoring import parts_by_version
 from shared.backends.base import Backend
@@ -123,7 +122,7 @@ class TrajectoryScore:
     """Collects one trajectory's log-probs and their provenance."""
 
     def __init__(
-        self, job: int, trajectory: Trajectory, pieces: tuple[Piece, ...], dtype: torch.dtype
+        self, trajectory: Trajectory, pieces: tuple[Piece, ...], dtype: torch.dtype
     ) -> None:
         self._dtype: DType = "f8" if dtype == torch.float64 else "f4"
         self._values = [
@@ -131,18 +130,9 @@ class TrajectoryScore:
             for sequence in trajectory.sequences
         ]
         self._provenance: list[dict[int, VersionScore]] = [{} for _ in trajectory.sequences]
-        self.job = job
         self.pieces = pieces
         self.forward_tokens = 0
         self.compute_s = 0.0
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The pieces as the elevator sees them."""
-        return tuple(
-            Part(self.job, index, piece.version, len(piece.token_ids))
-            for index, piece in enumerate(self.pieces)
-        )
 
     def settle(
         self,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.logit_oracle.scoring import TrajectoryScore, objection, pieces_of, score_pieces
 from shared.backends.torch_backend import TorchBackend
+from shared.backends.trajectory_scoring import TrajectoryScore, objection, pieces_of, score_pieces
 from shared.wire.trajectory import SamplingParams, Span, Turn
 
 
@@ -73,7 +73,7 @@ def test_an_empty_trajectory_has_nothing_to_score(sequence, trajectory) -> None:
 def test_numbers_land_on_their_stamped_positions_and_nowhere_else(sequence, trajectory) -> None:
     played = trajectory(sequence(SPANS, length=12), sequence([(2, 1, 2)], length=4))
     pieces = pieces_of(played, kind="packed", temperature=1.0)
-    score = TrajectoryScore(7, played, pieces, torch.float32)
+    score = TrajectoryScore(played, pieces, torch.float32)
     settled = {"verified": True, "digest": "d", "compute_s": 0.5}
     score.settle(1, np.array([-1.0, -2.0, -3.0]), **settled)
     score.settle(0, np.array([-4.0]), **settled)
@@ -95,7 +95,7 @@ def test_an_unverified_or_not_finite_number_is_never_exact(
 ) -> None:
     played = trajectory(sequence([(4, 3, 4)]))
     pieces = pieces_of(played, kind="packed", temperature=1.0)
-    score = TrajectoryScore(7, played, pieces, torch.float64)
+    score = TrajectoryScore(played, pieces, torch.float64)
     status = score.settle(0, np.array([value]), verified=verified, digest="d", compute_s=0.0)
     assert status == score.sequences()[0].versions[0].status == "unverified"
 
@@ -104,7 +104,7 @@ def test_one_inexact_piece_spoils_its_version_in_that_sequence(sequence, traject
     turns = (Turn(start=3, stop=5, finish="stop", sampling=SamplingParams(temperature=0.5)),)
     played = trajectory(sequence([(4, 3, 5), (4, 9, 10)], turns=turns))
     pieces = pieces_of(played, kind="packed", temperature=1.0)
-    score = TrajectoryScore(7, played, pieces, torch.float64)
+    score = TrajectoryScore(played, pieces, torch.float64)
     score.settle(0, np.zeros(2), verified=False, digest="d", compute_s=0.0)
     score.settle(1, np.zeros(1), verified=True, digest="d", compute_s=0.0)
     assert [v.status for v in score.sequences()[0].versions] == ["unverified"]
