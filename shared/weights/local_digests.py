@@ -10,7 +10,6 @@ unsigned ones, and modulo 2^64 there is no difference.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -27,8 +26,11 @@ _INDEX_KEY = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
-CHUNK = 1 << 20
-"""Elements hashed at a time: 32 MB of scratch on the device."""
+CPU_CHUNK = 1 << 15
+"""Elements hashed at a time on a CPU: the scratch stays in its cache."""
+
+DEVICE_CHUNK = 1 << 20
+"""Elsewhere: 32 MB of scratch, and few launches."""
 
 
 @dataclass
@@ -142,7 +144,8 @@ def _shifted(key: torch.Tensor, by: int) -> torch.Tensor:
 def _piece_digest(tensor: torch.Tensor, placement: Placement) -> int:
     strides = c_strides(placement.source_shape)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for box, start in _chunks(bits_of(box_of(tensor, placement)), placement.start):
+    limit = CPU_CHUNK if tensor.device.type == "cpu" else DEVICE_CHUNK
+    for box, start in _chunks(bits_of(box_of(tensor, placement)), placement.start, limit):
         indices = torch.zeros((), dtype=torch.int64, device=tensor.device)
         for size, first, stride in zip(box.shape, start, strides, strict=True):
             along = torch.arange(first, first + size, dtype=torch.int64, device=tensor.device)
@@ -151,17 +154,16 @@ def _piece_digest(tensor: torch.Tensor, placement: Placement) -> int:
     return int(total.item()) & MASK
 
 
-def _chunks(box: torch.Tensor, start: Shape) -> Iterator[tuple[torch.Tensor, Shape]]:
-    """Cut a box [size] at `start` into boxes of `CHUNK` elements at most."""
-    if box.numel() <= CHUNK:
+def _chunks(box: torch.Tensor, start: Shape, limit: int) -> Iterator[tuple[torch.Tensor, Shape]]:
+    """Cut a box [size] at `start` into boxes of `limit` elements at most."""
+    if box.numel() <= limit:
         if box.numel():
             yield box, start
         return
-    dim = max(range(box.dim()), key=lambda d: box.shape[d])
-    # As few cuts as will do, so that the pieces stay large.
-    length = max(1, box.shape[dim] * CHUNK // box.numel())
-    length = min(length, math.ceil(box.shape[dim] / 2))
+    # The outermost dimension first, so that the pieces are runs of memory where the box is.
+    dim = next(d for d in range(box.dim()) if box.shape[d] > 1)
+    length = max(1, box.shape[dim] * limit // box.numel())
     for first in range(0, box.shape[dim], length):
         part = box.narrow(dim, first, min(length, box.shape[dim] - first))
         moved = (*start[:dim], start[dim] + first, *start[dim + 1 :])
-        yield from _chunks(part, moved)
+        yield from _chunks(part, moved, limit)

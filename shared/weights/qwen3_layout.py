@@ -6,8 +6,9 @@ MergedColumnParallelLinear, `vocab_parallel_embedding.py`, `fused_moe/routed_exp
 are fewer heads than ranks; gate comes before up; experts are stacked; the vocabulary is padded to
 64 rows before it is shared out.
 
-This is the layout of *loaded* weights. A kernel that repacks them afterwards holds something else,
-which the digests of the device copy show.
+This is the layout of *loaded* weights. A backend that repacks them in place afterwards (swapped
+halves, shuffled tiles, emptied parameters) is refused by shape or caught by the digests. One that
+computes with a packed *copy* is neither: its engine must pack again after every change.
 """
 
 from __future__ import annotations
