@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator, Sequence
+from contextlib import aclosing
 
 import xxhash
+
+from shared.weights.pull import pull
 
 Piece = bytes | bytearray | memoryview
 
@@ -44,10 +46,15 @@ class Cutter:
             yield bytes(self._rest)
 
     def cut_all(self, pieces: Iterable[Piece]) -> Iterator[bytes]:
-        """Yield the chunks of all pieces."""
-        for piece in pieces:
-            yield from self.cut(piece)
-        yield from self.rest()
+        """Yield the chunks of all pieces; a generator of pieces is closed at the end."""
+        iterator = iter(pieces)
+        try:
+            for piece in iterator:
+                yield from self.cut(piece)
+            yield from self.rest()
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()
 
 
 async def cut(
@@ -69,22 +76,6 @@ async def cut(
         for chunk in cutter.cut_all(pieces):
             yield chunk
     else:
-        iterator = iter(pieces)
-        chunks = cutter.cut_all(iterator)
-        loop = asyncio.get_running_loop()
-        hop = None
-        try:
-            while True:
-                hop = loop.run_in_executor(None, next, chunks, None)
-                await asyncio.wait([hop])
-                chunk = hop.result()
-                if chunk is None:
-                    return
+        async with aclosing(pull(cutter.cut_all(pieces))) as chunks:
+            async for chunk in chunks:
                 yield chunk
-        finally:
-            if hop is not None and not hop.done():
-                # Cancelled: whoever owns what the thread reads may change it once this ends.
-                await asyncio.wait([hop])
-                hop.exception()
-            if isinstance(iterator, Generator):
-                iterator.close()
