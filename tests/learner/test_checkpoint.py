@@ -77,6 +77,6 @@ def test_a_terminal_that_cannot_be_read_ends_its_ticket_as_failed() -> None:
 
 
 def test_a_terminal_of_another_major_is_not_garbage() -> None:
-    payload = b"\x83\xa1w\x92\x02\x00\xa1t\xa8Terminal\xa1b\x80"
+    payload = b"\x83\xa1w\x92\x09\x00\xa1t\xa8Terminal\xa1b\x80"
     with pytest.raises(ForeignMajor):
         terminal_event(Record(7, "lagwise.run.terminal.t0000003", payload, 0.0))

@@ -138,6 +138,8 @@ class Rig:
                 epoch=0,
                 optimizer_steps=version,
             )
+            if self.publisher.keyframe_due:
+                await self.publisher.publish_keyframe(reason="due")
             self.states.append({name: tensor.clone() for name, tensor in self.state.items()})
 
     async def control(self, oldest_needed: int) -> None:

@@ -8,8 +8,8 @@ import msgpack
 import numpy as np
 import pytest
 
+from services.logit_oracle.versions import Versions
 from shared.runtime.errors import ConfigError
-from shared.weights.follower import Follower
 from shared.wire.base import Array
 from shared.wire.codec import decode
 from shared.wire.telemetry import DeadLetter
@@ -316,15 +316,17 @@ async def test_held_bytes_that_went_bad_are_fetched_afresh(
 ) -> None:
     """Bytes altered in memory after their digest was checked: only the canary can see it."""
     await rig.publish(1)
-    tell = Follower._tell
+    on_version = Versions._on_version
+    corrupted: list[int] = []
 
-    async def corrupt_once(self, version, on_version) -> None:
-        if version == 1 and self.resyncs == 0:
-            state = self._history.materialise(1)
-            state["model.norm.weight"].mul_(1.5)
-        await tell(self, version, on_version)
+    async def corrupt_once(self, manifest) -> None:
+        if manifest.version == 1 and not corrupted:
+            corrupted.append(1)
+            async with self._history.at(1) as state:
+                state["model.norm.weight"].mul_(1.5)
+        await on_version(self, manifest)
 
-    monkeypatch.setattr(Follower, "_tell", corrupt_once)
+    monkeypatch.setattr(Versions, "_on_version", corrupt_once)
     async with rig.oracle() as context:
         await eventually(lambda: context.health.ready)
         await rig.publish(1)
