@@ -94,7 +94,7 @@ class _Bench:
                 fields = self._part("bus", job | {"place": place, "work": work})
             followers[place] = fields.pop("peak_rss_bytes", None)
             publishers[place] = fields.pop("publisher_peak_rss_bytes", None)
-            row |= fields
+            row |= fields | {"resyncs": row.get("resyncs", 0) + fields.get("resyncs", 0)}
         row["peak_rss_bytes"] = _largest(followers)
         row["peak_rss_bytes_by_join"] = followers
         row["publisher_peak_rss_bytes"] = _largest(publishers)

@@ -124,9 +124,9 @@ async def measure(case: Case, model: Model, place: Place, folder: Path) -> dict[
         if timed:
             before = {name: tensor.clone() for name, tensor in state.items()}
             model.advance(state)
-            repetitions = case.repetitions
-            local = local_times(before, state, folder / "delta", threads, repetitions)
-            over_bus = await transport_times(bus, local.delta, repetitions)
+            rounds = case.publications
+            local = local_times(before, state, folder / "delta", threads, rounds)
+            over_bus = await transport_times(bus, local.delta, rounds)
             row |= {"threads": threads, "local_file_s": local.total_s}
             row["transport_only_s"] = {"local_file": local.transport_s, "bus": over_bus}
         await bus.close()
@@ -153,10 +153,10 @@ async def _publications(
         await member.applied(version)
     times: dict[str, list[float]] = {}
     returned: list[float] = []
-    peaks: list[int] = []
+    ends: list[dict[str, Any]] = []
     while members:
         # The first delta after a keyframe does not count: kernels and pages are cold.
-        for repetition in range(case.repetitions + 1 if timed else 2):
+        for repetition in range(case.publications + 1 if timed else 2):
             model.advance(state)
             version, begun = await _publish(publisher, state)
             done = time.time() - begun
@@ -164,8 +164,11 @@ async def _publications(
             if repetition and timed:
                 times.setdefault(str(len(members)), []).append(max(applied) - begun)
                 returned.append(done)
-        peaks.append((await members.pop().end())["peak_rss_bytes"])
-    row: dict[str, Any] = {"peak_rss_bytes": max(peaks)}
+        ends.append(await members.pop().end())
+    row: dict[str, Any] = {
+        "peak_rss_bytes": max(end["peak_rss_bytes"] for end in ends),
+        "resyncs": sum(end["resyncs"] for end in ends),
+    }
     if timed:
         row["publish_to_applied_s"] = {n: median(times[n]) for n in sorted(times)}
         row["publish_s"] = median(returned)
