@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed or (arguments.strict and missed) else 0
 
 
+class _PartFailed(Exception):
+    """One line: which part, and where the reason is."""
+
+
 class _Bench:
     """Runs the parts of each case as processes, one at a time."""
 
@@ -69,9 +73,10 @@ class _Bench:
         if not trained:
             return {}
         job = {"training": asdict(training), "cases": trained, "folder": str(self._folder)}
-        result = self._part("training", job)
-        if "error" in result:
-            print(result["error"])
+        try:
+            result = self._part("training", job)
+        except _PartFailed as failure:
+            print(failure)  # each of its cases will say that it has no versions
             return {}
         print(f"# {len(trained)} cases trained in {result['seconds']:.0f} s", flush=True)
         return result["told"]
@@ -86,23 +91,35 @@ class _Bench:
             "steps_per_version": case.steps_per_version,
         }
         job = {"case": asdict(case), "folder": str(self._folder)}
-        row |= self._part("codec", job)
-        followers: dict[str, int | None] = {}
-        publishers: dict[str, int | None] = {}
-        for place in case.joins:
-            with tempfile.TemporaryDirectory(prefix=f"{place}-", dir=self._folder) as work:
-                fields = self._part("bus", job | {"place": place, "work": work})
-            followers[place] = fields.pop("peak_rss_bytes", None)
-            publishers[place] = fields.pop("publisher_peak_rss_bytes", None)
-            row |= fields | {"resyncs": row.get("resyncs", 0) + fields.get("resyncs", 0)}
-        row["peak_rss_bytes"] = _largest(followers)
-        row["peak_rss_bytes_by_join"] = followers
-        row["publisher_peak_rss_bytes"] = _largest(publishers)
+        try:
+            row |= self._part("codec", job)
+            row |= self._publication(case, job)
+        except _PartFailed as failure:
+            row["error"] = str(failure)
         row["others_cpu_ratio"] = load.ratio()
         return row
 
+    def _publication(self, case: Case, job: Mapping[str, Any]) -> dict[str, Any]:
+        row: dict[str, Any] = {"resyncs": 0}
+        followers: dict[str, int] = {}
+        publishers: dict[str, int] = {}
+        for place in case.joins:
+            with tempfile.TemporaryDirectory(prefix=f"{place}-", dir=self._folder) as work:
+                fields = self._part("bus", {**job, "place": place, "work": work})
+            followers[place] = fields.pop("peak_rss_bytes")
+            publishers[place] = fields.pop("publisher_peak_rss_bytes")
+            row |= fields | {"resyncs": row["resyncs"] + fields["resyncs"]}
+        row["peak_rss_bytes"] = max(followers.values())
+        row["peak_rss_bytes_by_join"] = followers
+        row["publisher_peak_rss_bytes"] = max(publishers.values())
+        return row
+
     def _part(self, name: str, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Run `bench_weights_<name>`; return its result, or an `error` that names the log."""
+        """Run `bench_weights_<name>`; return its result.
+
+        Raises:
+            _PartFailed: its reason is in the log.
+        """
         command = [sys.executable, "-m", f"shared.cli.bench_weights_{name}", json.dumps(job)]
         with self._log.open("ab") as errors:
             try:
@@ -115,14 +132,12 @@ class _Bench:
                     check=False,
                 )
             except subprocess.TimeoutExpired:
-                return {"error": f"{name}: no end after {PART_WITHIN_S:g} s, see {self._log}"}
+                raise _PartFailed(
+                    f"{name}: no end after {PART_WITHIN_S:g} s, see {self._log}"
+                ) from None
         if done.returncode:
-            return {"error": f"{name}: exit code {done.returncode}, see {self._log}"}
+            raise _PartFailed(f"{name}: exit code {done.returncode}, see {self._log}")
         return json.loads(done.stdout)
-
-
-def _largest(values: Mapping[str, int | None]) -> int | None:
-    return max((value for value in values.values() if value is not None), default=None)
 
 
 def _chosen(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:

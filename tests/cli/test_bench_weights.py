@@ -157,6 +157,7 @@ def test_branches_start_from_the_same_optimizer_state() -> None:
     assert all(torch.equal(warm[name], again[name]) for name in warm)
 
 
+@pytest.mark.timeout(300)  # seven processes start: seconds, but not on a busy machine
 def test_the_command_measures_every_field_over_a_real_bus(tmp_path: Path, capsys) -> None:
     out = tmp_path / "weights.json"
     assert bench_weights.main(["--quick", "--only", "quick-1pct", "--out", str(out)]) == 0
