@@ -52,9 +52,6 @@ _SAMPLE = 4096
 _WORTH = 0.9
 """What zstd does not take below this share is stored raw: that is cheaper on both sides."""
 
-_local = threading.local()
-
-
 class BlockWriter:
     """Writes the records of one delta; `block` may be called from several threads.
 
@@ -138,7 +135,7 @@ def _pack(coded: Coded) -> bytes:
 def _packed(stream: Bytes) -> tuple[int, bytes | memoryview]:
     if len(stream) <= _SMALL:
         return _RAW, stream.data
-    compressor = _compressor()
+    compressor = _zstd.compressor
     if len(stream) > 2 * _SAMPLE:
         middle = (len(stream) - _SAMPLE) // 2
         sample = compressor.compress(stream[middle : middle + _SAMPLE].data)
@@ -159,19 +156,18 @@ def _unpacked(stored: memoryview, packing: int, limit: int) -> Bytes:
         claimed = zstandard.get_frame_parameters(stored).content_size
         if claimed > limit:  # unknown sizes are reported as 2^64 - 1
             raise Corrupt("block", f"a stream of {limit} bytes", f"a frame of {claimed}")
-        data = _decompressor().decompress(stored, allow_extra_data=False)
+        data = _zstd.decompressor.decompress(stored, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise Corrupt("block", "a zstd frame", str(error)) from error
     return np.frombuffer(data, np.uint8)
 
 
-def _compressor() -> zstandard.ZstdCompressor:
-    if not hasattr(_local, "compressor"):
-        _local.compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
-    return _local.compressor
+class _Zstd(threading.local):
+    """Contexts are not thread-safe, and cost more than a block to make."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+        self.decompressor = zstandard.ZstdDecompressor()
 
 
-def _decompressor() -> zstandard.ZstdDecompressor:
-    if not hasattr(_local, "decompressor"):
-        _local.decompressor = zstandard.ZstdDecompressor()
-    return _local.decompressor
+_zstd = _Zstd()

@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from shared.weights.errors import Corrupt
+
 Bits = npt.NDArray[Any]
 """[N] of u1, u2, u4 or u8, contiguous."""
 
@@ -33,16 +35,18 @@ continuations."""
 class Coded:
     """The changes of one block.
 
-    A gap is the number of unchanged elements before a changed one. It is written as one digit of
-    one or two bytes; the highest digit means "that many further, and there is more".
+    A gap is the number of unchanged elements before a changed one. It is written in digits of one
+    or two bytes; the highest digit means "that many further, and there is more".
     """
 
     form: Form
     count: int
     """K."""
     streams: list[Bytes]
-    """`sparse8`: gap digits; `sparse16`: low and high bytes of the gap digits; then, K each, the W
-    byte planes of the zigzag steps, low first. `dense`: the W planes only, N each."""
+    """Of bytes. `sparse8`: gap digits; `sparse16`: low and high bytes of the gap digits. Then, of
+    both, the signs of the steps (1: negative; bit i of byte j is change 8j + i) and the W byte
+    planes, low first, of their magnitudes less one, K each. `dense`: the W byte planes of all
+    steps in zigzag (0, -1, 1, -2, ...), N each."""
     digest_change: int
     """What the digest of the tensor gains (u64); 0 when unknown, as after decoding."""
 
@@ -86,15 +90,30 @@ class Kernels(Protocol):
         ...
 
 
-def num_streams(form: Form, width: int) -> int:
-    """Return how many streams a form has."""
-    return width + FORMS.index(form) + 1 if form != "dense" else width
-
-
 def stream_limits(form: Form, width: int, count: int, length: int) -> list[int]:
-    """Return the largest size each stream of a block may have; planes have exactly theirs."""
+    """Return the largest size that each stream of a block may have, in order."""
     if form == "dense":
         return [length] * width
+    signs = (count + 7) // 8
     if form == "sparse8":
-        return [count + length // 255] + [count] * width
-    return [count + length // 65535] * 2 + [count] * width
+        return [count + length // 255, signs] + [count] * width
+    return [count + length // 65535] * 2 + [signs] + [count] * width
+
+
+def check_streams(coded: Coded, width: int, length: int) -> None:
+    """Compare the streams' sizes, and the signs' unused bits, with a block of `length` elements.
+
+    Raises:
+        Corrupt: they do not fit.
+    """
+    limits = stream_limits(coded.form, width, coded.count, length)
+    sizes = [len(stream) for stream in coded.streams]
+    num_gaps = len(limits) - width - 1 if coded.form != "dense" else 0
+    if (
+        len(sizes) != len(limits)
+        or sizes[num_gaps:] != limits[num_gaps:]
+        or any(size > limits[0] or size != sizes[0] for size in sizes[:num_gaps])
+    ):
+        raise Corrupt("block", f"streams of {limits} bytes", f"{sizes}")
+    if num_gaps and coded.count % 8 and coded.streams[num_gaps][-1] >> coded.count % 8:
+        raise Corrupt("block", f"{coded.count} signs", "more")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from shared.weights.kernels.base import Kernels
 from shared.weights.kernels.reference import ReferenceKernels
 
@@ -13,4 +15,12 @@ _REFERENCE = ReferenceKernels()
 
 def kernels_for(num_bytes: int) -> Kernels:
     """Return the kernels for a model of so many bytes; the results are the same bit for bit."""
-    return _REFERENCE
+    return _REFERENCE if num_bytes <= COMPILED_BYTES else compiled_kernels()
+
+
+@functools.cache
+def compiled_kernels() -> Kernels:
+    """Return the compiled kernels; the first call loads the compiler."""
+    from shared.weights.kernels.compiled import CompiledKernels
+
+    return CompiledKernels()

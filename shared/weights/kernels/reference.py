@@ -8,7 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.weights.errors import Corrupt
-from shared.weights.kernels.base import DENSE_SHARE, WIDE_GAP, Bits, Bytes, Coded, Form
+from shared.weights.kernels.base import (
+    DENSE_SHARE,
+    WIDE_GAP,
+    Bits,
+    Bytes,
+    Coded,
+    Form,
+    check_streams,
+)
 
 MASK = (1 << 64) - 1
 
@@ -39,8 +47,8 @@ class ReferenceKernels:
         if count * DENSE_SHARE > length:
             return Coded("dense", count, _planes(_zigzag(new - old)), change & MASK)
         form: Form = "sparse8" if count * WIDE_GAP >= length else "sparse16"
-        steps = _planes(_zigzag(after - before))
-        return Coded(form, count, _gap_streams(positions, form) + steps, change & MASK)
+        streams = _gap_streams(positions, form) + _step_streams(after - before)
+        return Coded(form, count, streams, change & MASK)
 
     def apply(self, state: Bits, coded: Coded, offset: int, *, reverse: bool) -> int:
         """See `Kernels.apply`."""
@@ -65,15 +73,15 @@ class ReferenceKernels:
         self, coded: Coded, length: int, width: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
         """See `Kernels.steps`."""
-        planes = coded.streams[-width:]
+        check_streams(coded, width, length)
+        values = _joined(coded.streams[-width:], width)
         if coded.form == "dense":
-            zigzag = _unplaned(planes, length, width)
-            positions = np.flatnonzero(zigzag)
+            positions = np.flatnonzero(values)
             if len(positions) != coded.count:
                 raise Corrupt("block", f"{coded.count} changes", f"{len(positions)}")
-            return positions, _unzigzag(zigzag[positions])
+            return positions, _unzigzag(values[positions])
         positions = _positions(coded, length)
-        return positions, _unzigzag(_unplaned(planes, coded.count, width))
+        return positions, _signed(values, coded.streams[-width - 1])
 
 
 def contributions(positions: npt.NDArray[Any], bits: Bits) -> int:
@@ -103,7 +111,7 @@ def _mixed_sum(ordinals: npt.NDArray[np.uint64], bits: Bits) -> int:
 
 
 def _zigzag(steps: Bits) -> Bits:
-    """Map 0, -1, 1, -2, ... to 0, 1, 2, 3, ..., so that small steps have zero high bytes."""
+    """Map 0, -1, 1, -2, ... to 0, 1, 2, 3, ...: small steps have zero high bytes."""
     signed = steps.view(np.dtype(f"i{steps.itemsize}"))
     return ((signed << 1) ^ (signed >> (8 * steps.itemsize - 1))).view(steps.dtype)
 
@@ -113,17 +121,28 @@ def _unzigzag(zigzag: Bits) -> Bits:
     return (zigzag >> one) ^ (~(zigzag & one) + one)
 
 
+def _step_streams(steps: Bits) -> list[Bytes]:
+    negative = steps >> steps.dtype.type(8 * steps.itemsize - 1)
+    magnitudes = (steps ^ (0 - negative)) + negative
+    return [np.packbits(negative.astype(bool), bitorder="little"), *_planes(magnitudes - 1)]
+
+
+def _signed(magnitudes: Bits, signs: Bytes) -> Bits:
+    """Undo `_step_streams`."""
+    negative = np.unpackbits(signs, count=len(magnitudes), bitorder="little")
+    negative = negative.astype(magnitudes.dtype)
+    return ((magnitudes + 1) ^ (0 - negative)) + negative
+
+
 def _planes(values: Bits) -> list[Bytes]:
+    """Cut values [K] into their bytes, low first: K each."""
     rows = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), values.itemsize)
     return [np.ascontiguousarray(rows[:, i]) for i in range(values.itemsize)]
 
 
-def _unplaned(planes: list[Bytes], count: int, width: int) -> Bits:
-    rows = np.empty((count, width), np.uint8)
-    for i, plane in enumerate(planes):
-        if len(plane) != count:
-            raise Corrupt("block", f"a plane of {count} bytes", f"{len(plane)}")
-        rows[:, i] = plane
+def _joined(planes: list[Bytes], width: int) -> Bits:
+    """Undo `_planes`."""
+    rows = np.stack(planes, axis=1)
     return rows.reshape(-1).view(np.dtype(f"<u{width}"))
 
 
@@ -137,13 +156,13 @@ def _gap_streams(positions: npt.NDArray[np.int64], form: Form) -> list[Bytes]:
 
 
 def _positions(coded: Coded, length: int) -> npt.NDArray[np.int64]:
-    if coded.form == "sparse8":
-        digits, further = coded.streams[0], 255
-    else:
-        digits, further = _unplaned(coded.streams[:2], len(coded.streams[0]), 2), 65535
+    """Undo `_gap_streams`; refuses what it would not have written."""
+    further = 255 if coded.form == "sparse8" else 65535
+    num_gap_bytes = 1 if coded.form == "sparse8" else 2
+    digits = _joined(coded.streams[:num_gap_bytes], num_gap_bytes)
     is_end = digits != further
     positions = (np.cumsum(digits + is_end.astype(np.int64)) - 1)[is_end]
-    if len(positions) != coded.count or not len(positions) or not is_end[-1]:
+    if len(positions) != coded.count or not is_end[-1]:
         raise Corrupt("block", f"{coded.count} gaps", f"{len(positions)}")
     if positions[-1] >= length:
         raise Corrupt("block", f"positions below {length}", str(int(positions[-1])))
