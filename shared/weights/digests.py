@@ -22,6 +22,7 @@ from shared.weights.kernels.choice import kernels_for
 from shared.weights.kernels.reference import MASK, contributions
 from shared.wire.weights import TensorSpec
 
+
 def tensor_digest(tensor: torch.Tensor, *, offset: int = 0) -> int:
     """Return the additive digest (u64) of a tensor, or of a flat shard that starts at `offset`."""
     return bits_digest(to_bits(tensor), offset=offset)
