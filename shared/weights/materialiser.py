@@ -21,6 +21,9 @@ from shared.weights.route import Step, reachable, route
 from shared.weights.spool import Spool
 from shared.wire.weights import Artefact
 
+BOTH_WAYS = False
+"""Whether the history takes a delta in from its target to its base."""
+
 
 class Materialiser:
     """Consumes artefacts; produces versions in a history, each compared with its manifest.
@@ -81,7 +84,9 @@ class Materialiser:
     def reachable(self, also_held: Set[int] = frozenset()) -> frozenset[int]:
         """Return the versions that a way is open to, supposing that `also_held` were held."""
         held = {*self._history.versions, *also_held}
-        return reachable(self._tail.manifests, held, self._closed, self._tail.keyframes)
+        return reachable(
+            self._tail.manifests, held, self._closed, self._tail.keyframes, both_ways=BOTH_WAYS
+        )
 
     def resync(self, version: int, what: str, reason: str) -> None:
         """Count and log something that cannot be used."""
@@ -94,7 +99,9 @@ class Materialiser:
         An artefact that fails goes into `broken` and into quarantine.
         """
         held = frozenset(self._history.versions)
-        steps = route(self._tail.manifests, held, target, broken, self._tail.keyframes)
+        steps = route(
+            self._tail.manifests, held, target, broken, self._tail.keyframes, both_ways=BOTH_WAYS
+        )
         if steps is None:
             return False
         for step in steps:

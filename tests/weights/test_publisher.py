@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from shared.runtime.memory_bus import MemoryBus
 from shared.weights import stored_version
 from shared.weights.digests import sha256_of, specs, version_digest
 from shared.weights.errors import WrongBase
+from shared.weights.keyframe_store import KeyframeStore
 from shared.weights.manifest_log import read_log
 from shared.weights.orphans import ORPHAN_AGE_S
 from shared.wire import codec
@@ -320,25 +322,34 @@ async def test_publishing_goes_on_after_a_cancelled_publication(run_of, new_bus,
     assert versions == list(range(len(versions)))
 
 
+@pytest.mark.parametrize("where", ["bus", "store"])
 async def test_orphans_are_swept_by_age_and_named_uploads_stay(
-    new_publisher, make_state, faulty, server, following
+    run_of, new_publisher, faulty, server, following, tmp_path, where: str
 ) -> None:
     now = [1000.0]
     server.clock = lambda: now[0]
-    p = await new_publisher(faulty, clock=lambda: now[0])
-    await p.put(make_state(0))
+    store = KeyframeStore(str(tmp_path)) if where == "store" else None
+    p = await run_of(5, faulty, clock=lambda: now[0], store=store)
     faulty.fault = "crash before"
     with pytest.raises(BusUnavailable):
-        await p.put(make_state(1))
-    q = await new_publisher(clock=lambda: now[0])
+        await p.more(1)
+    if store is not None:
+        store.put(f"{'0' * 32}-k", [b"of a dead publisher"])
+        for path in tmp_path.glob("*/*"):
+            os.utime(path, (now[0], now[0]))
+    q = await new_publisher(clock=lambda: now[0], store=store)
     before = (await faulty.stream_state("chunks")).num_messages
     assert await q.publisher.sweep_orphans() == 0
     now[0] += ORPHAN_AGE_S
-    assert await q.publisher.sweep_orphans() == 1
+    assert await q.publisher.sweep_orphans() == (1 if store is None else 2)
     assert 0 < (await faulty.stream_state("chunks")).num_messages < before
     assert await q.publisher.sweep_orphans() == 0
-    async with following() as f:
-        await f.until_head(0)
+    async with following("oldest_needed", store=store) as f:
+        await f.until_head(4)
+        assert f.follower.resyncs == 0
+    async with following(store=store) as late:
+        await late.until_head(4)
+        assert late.follower.versions_applied == 1
 
 
 async def test_nothing_is_swept_while_a_manifest_cannot_be_read(
