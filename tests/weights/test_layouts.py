@@ -42,8 +42,14 @@ def placements(draw: st.DrawFn) -> tuple[Placement, tuple[int, ...]]:
     num_dims = draw(st.integers(0, 3))
     num_local = draw(st.integers(num_dims, 4))
     shape = tuple(draw(st.integers(0, 5)) for _ in range(num_dims))
-    start = tuple(draw(st.integers(0, n)) for n in shape)
-    size = tuple(draw(st.integers(0, n - a)) for n, a in zip(shape, start, strict=True))
+    is_whole = [draw(st.booleans()) for _ in shape]
+    start = tuple(
+        0 if whole else draw(st.integers(0, n)) for n, whole in zip(shape, is_whole, strict=True)
+    )
+    size = tuple(
+        n if whole else draw(st.integers(0, n - a))
+        for n, a, whole in zip(shape, start, is_whole, strict=True)
+    )
     dims = tuple(draw(st.permutations(range(num_local)))[:num_dims])
     step = tuple(draw(st.integers(1, 3)) for _ in range(num_dims))
     offset = tuple(draw(st.integers(0, 2)) for _ in range(num_local))
