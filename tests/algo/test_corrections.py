@@ -10,11 +10,15 @@ from shared.algo.corrections import (
     Layout,
     correct,
     icepop,
+    kl_mask,
+    kpop_mask,
+    prob_diff_mask,
     self_normalise,
     seq_mask,
     seq_tis,
     tis_token,
     token_mask,
+    trm,
     veto,
     weight_mean,
 )
@@ -72,6 +76,67 @@ def test_the_veto_drops_the_whole_sequence_for_one_loss_token():
     log_d = torch.tensor([1.0, 5e-5, 1.0, 5e-5], dtype=torch.float64).log()
     assert veto(log_d, layout(2, 2, mask=[1, 1, 1, 0])).tolist() == [False, False, True, True]
     assert veto(torch.tensor([1.1e-4]).log(), layout(1)).all()
+
+
+def test_a_two_sided_veto_and_a_trust_region_are_strict_at_their_bounds():
+    log_d = torch.tensor([1.0, 128.0, 1.0, 0.5, 2.0], dtype=torch.float64).log()
+    three = layout(2, 1, 2)
+    assert veto(log_d, three, above=100.0).tolist() == [False, False, True, True, True]
+    assert veto(log_d, three, above=128.0).all()
+    low = float(log_d.exp()[3])
+    assert trm(log_d, three, low=low, high=2.0).tolist() == [False, False, True, True, True]
+    assert trm(log_d, three, low=0.51, high=2.0).tolist() == [False, False, True, False, False]
+
+
+def test_divergence_masks_by_hand():
+    # ½ log² 2 = 0.2402, 2 - 1 - log 2 = 0.3069; ½ - 1 + log 2 = 0.1931
+    log_d = torch.tensor([2.0, 1.0, 9.0, 0.5], dtype=torch.float64).log()
+    two = layout(3, 1, mask=[1, 1, 0, 1])
+    for estimator, agg, high, kept in [
+        ("k2", "token", 0.2403, [1, 1, 0, 1]),
+        ("k2", "token", 0.2402, [0, 1, 0, 0]),
+        ("k3", "token", 0.2, [0, 1, 0, 1]),
+        ("k3", "sum", 0.31, [1, 1, 1, 1]),
+        ("k3", "sum", 0.30, [0, 0, 0, 1]),
+        ("k3", "mean", 0.16, [1, 1, 1, 0]),  # 0.1534 and 0.1931
+        ("k2", "max", 0.23, [0, 0, 0, 0]),
+        ("k3", "max", 0.31, [1, 1, 1, 1]),
+    ]:
+        keep = kl_mask(log_d, two, high=high, estimator=estimator, agg=agg)
+        assert keep.tolist() == [bool(k) for k in kept], (estimator, agg, high)
+
+
+def test_a_trust_region_is_the_largest_divergence():
+    log_d = torch.linspace(-1.0, 1.0, 40, dtype=torch.float64)
+    singles = layout(*[1] * 40)
+    by_region = trm(log_d, singles, low=0.6, high=1 / 0.6)
+    by_divergence = kl_mask(
+        log_d, singles, estimator="k2", agg="max", high=0.5 * math.log(0.6) ** 2
+    )
+    assert torch.equal(by_region, by_divergence)
+
+
+def test_probability_differences_by_hand():
+    old = torch.tensor([0.9, 0.5, 0.02, 0.001], dtype=torch.float64)
+    inf = torch.tensor([0.6, 0.4, 0.01, 0.0001], dtype=torch.float64)
+    assert prob_diff_mask(old.log(), inf.log()).tolist() == [False, True, True, True]
+    assert prob_diff_mask(inf.log(), old.log()).tolist() == [False, True, True, True]
+    # D = 1.5, 1.25, 2, 10: a bound on the ratio drops what hardly moves any probability
+    kpop = kpop_mask(old.log(), inf.log(), high=0.02)
+    # 0.9 log 1.5 + 0.1 log 0.25 = 0.2263; 0.0201 and 0.0204; 0.0040 and 0.0031; 0.0014
+    assert kpop.tolist() == [False, False, True, True]
+    assert kpop_mask(old.log(), inf.log(), high=0.0205).tolist() == [False, True, True, True]
+    certain = torch.zeros(1, dtype=torch.float64)
+    assert kpop_mask(certain, certain, high=1e-9).all()
+
+
+def test_a_sequence_without_loss_tokens_is_kept_and_counts_nowhere():
+    log_d = torch.tensor([99.0, 1.0], dtype=torch.float64).log()
+    two = layout(1, 1, mask=[0, 1])
+    for agg in ("sum", "mean", "max"):
+        assert kl_mask(log_d, two, high=0.01, agg=agg).all()
+    assert trm(log_d, two).all()
+    assert weight_mean(log_d.exp(), two, level="sequence").item() == 1.0
 
 
 def test_self_normalised_weights_have_mean_one_per_token_and_per_sequence():
