@@ -1,0 +1,104 @@
+"""KL to a reference model, per token: estimators, clamps, off-policy weighting.
+
+Shapes: T tokens. `l_T` = ℓ with gradient, `l_ref_T` = ℓ^ref. With x = ℓ^ref - ℓ and samples from
+π_θ, each estimates KL(π_θ‖π_ref) (`offpolicy.md` 7; Schulman, joschu.net/blog/kl-approx.html):
+
+    k1 = -x        k2 = ½x²        k3 = e^x - 1 - x        k3+ = value of k3, gradient of k2
+
+On-policy the gradient of k2 is that of the KL; those of k1 (0 in expectation) and k3 are not
+(verl's remark, whose "+" is the straight-through form; arXiv 2506.09477 derives it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+
+from shared.algo.diagnostics import k1, k2, k3
+from shared.algo.loss_terms import Terms
+from shared.algo.ratios import log_ratio, ratio
+
+Estimator = Literal["k1", "k2", "k3", "k3+"]
+
+
+@dataclass(frozen=True)
+class KlSpec:
+    """The KL term: `coefficient` · estimate, on every loss token, rejected or not."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}  # a typo fails at start
+
+    coefficient: float = 0.0
+    """0: off, and no reference model is needed."""
+    estimator: Estimator = "k3"
+    importance: Literal["none", "staleness", "total"] = "none"
+    """Multiply by S or ρ: DeepSeek-V3.2's unbiased KL is k3 with `staleness`."""
+    value_clamp: float | None = 10.0
+    """Bound on the magnitude of the estimate (verl, ROLL, AReaL); null: off."""
+    input_clamp: float | None = 20.0
+    """Bound on |ℓ^ref - ℓ| before the exp of k3 (verl); null: off."""
+
+    def __post_init__(self) -> None:
+        if not self.coefficient >= 0:
+            raise ValueError(
+                f"kl.coefficient: {self.coefficient} drives the policy away from its reference; "
+                "use 0 to switch it off, or a small positive number such as 0.001"
+            )
+        if self.estimator not in get_args(Estimator):
+            raise ValueError(
+                f"kl.estimator: {self.estimator!r} is none of {', '.join(get_args(Estimator))}"
+            )
+        if self.importance not in ("none", "staleness", "total"):
+            raise ValueError(
+                f"kl.importance: {self.importance!r} is none of none, staleness, total"
+            )
+        for name in ("value_clamp", "input_clamp"):
+            bound = getattr(self, name)
+            if bound is not None and not bound > 0:
+                raise ValueError(f"kl.{name}: {bound} must be positive, or null to switch it off")
+
+
+def kl_terms(
+    l_T: torch.Tensor,
+    l_ref_T: torch.Tensor,
+    *,
+    estimator: Estimator = "k3",
+    log_weight_T: torch.Tensor | None = None,
+    value_clamp: float | None = 10.0,
+    input_clamp: float | None = 20.0,
+) -> Terms:
+    """Return the estimate per token; the caller multiplies by its coefficient and aggregates.
+
+    Args:
+        l_T: ℓ.
+        l_ref_T: ℓ^ref; detached here.
+        estimator: of the table above.
+        log_weight_T: log S or log ρ, with the gradient of ℓ: the estimate is multiplied by its
+            exp, because the samples are not from π_θ. The gradient flows through the weight for
+            k1 and k3, which makes it that of the KL (DeepSeek-V3.2; slime `--use-unbiased-kl`,
+            TRL `use_bias_correction_kl`), and not for k2 and k3+, whose gradient is right
+            without it.
+        value_clamp: bound on the magnitude of the estimate, before the weight.
+        input_clamp: bound on |x| inside k3.
+
+    Returns:
+        Terms; `cut` marks by `kl_clamped` where the value was clamped (for k3+ the gradient is
+        k2's all the same).
+    """
+    log_T = log_ratio(l_ref_T.detach(), l_T)
+    bounded_T = log_T if input_clamp is None else log_T.clamp(-input_clamp, input_clamp)
+    raw_T = {"k1": k1(log_T), "k2": k2(log_T)}.get(estimator)
+    raw_T = k3(bounded_T) if raw_T is None else raw_T
+    value_T = raw_T if value_clamp is None else raw_T.clamp(-value_clamp, value_clamp)
+    clamped_T = value_T.detach() != raw_T.detach()
+    if bounded_T is not log_T and estimator in ("k3", "k3+"):
+        clamped_T = clamped_T | (bounded_T.detach() != log_T.detach())
+    if estimator == "k3+":
+        gradient_T = k2(log_T)
+        value_T = gradient_T - gradient_T.detach() + value_T.detach()
+    if log_weight_T is not None:
+        keep_gradient = estimator in ("k1", "k3")
+        weight_T = ratio(log_weight_T if keep_gradient else log_weight_T.detach())
+        value_T = weight_T * value_T
+    return Terms(value_T, {"kl_clamped": clamped_T})
