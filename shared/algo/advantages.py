@@ -1,6 +1,6 @@
 """Group-relative advantages, and which members of a group enter the loss.
 
-Shapes: G members of one group (same prompt).
+Shapes: G members of one group (same prompt). Credit per turn: `turn_credit`.
 
 A further estimator is one more function and one more entry in `ADVANTAGES`.
 """
@@ -8,7 +8,7 @@ A further estimator is one more function and one more entry in `ADVANTAGES`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -28,7 +28,10 @@ def dr_grpo(rewards_G: torch.Tensor) -> torch.Tensor:
 
 
 def grpo(rewards_G: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
-    """Return (r - mean)/(std + eps), std with G-1 (GRPO, arXiv 2402.03300; verl's ddof and eps)."""
+    """Return (r - mean)/(std + eps), std with G-1 (GRPO, arXiv 2402.03300; verl's ddof and eps).
+
+    TRL: eps 1e-4.
+    """
     return (rewards_G - rewards_G.mean()) / (rewards_G.std(correction=1) + eps)
 
 
@@ -39,7 +42,7 @@ def rloo(rewards_G: torch.Tensor) -> torch.Tensor:
 
 
 ADVANTAGES: Mapping[str, Advantage] = {"dr_grpo": dr_grpo, "grpo": grpo, "rloo": rloo}
-"""By the name in `algo.advantage`."""
+"""By the name in `algo.advantage`: the estimators that need one group only."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class GroupAdvantages:
     has_loss: tuple[bool, ...]
     """Whether the member's tokens enter loss and denominator."""
     verdict: Literal["ok", "too_few", "zero_variance"]
+    version_span: int | None = None
+    """Largest minus smallest behaviour version over the members of the baseline; None: unknown.
+    The baseline is independent of the action, so a span biases nothing; it is logged."""
 
 
 def group_advantages(rewards: Sequence[float | None], estimator: Advantage) -> GroupAdvantages:
@@ -83,3 +89,69 @@ def group_advantages(rewards: Sequence[float | None], estimator: Advantage) -> G
         tuple(i in by_member for i in range(size)),
         "ok",
     )
+
+
+@dataclass(frozen=True)
+class GroupMember:
+    """One member of a group, as it ended."""
+
+    status: Literal["done", "truncated", "aborted", "resumed"]
+    """truncated: by a turn or length limit; aborted: by infrastructure, or too stale; resumed:
+    continued after an interruption, and done once finished."""
+    reward: float | None = None
+    """None: it received none (aborted, still running, truncated without a score)."""
+    versions: tuple[int, int] | None = None
+    """Smallest and largest version that sampled one of its tokens."""
+
+    @property
+    def baseline_reward(self) -> float | None:
+        """The reward with which it enters baseline and loss; None: it enters neither.
+
+        Raises:
+            ValueError: a member that is done and has no reward.
+        """
+        if self.status == "done" and self.reward is None:
+            raise ValueError("a member that is done needs a reward; abort it if scoring failed")
+        return None if self.status == "aborted" else self.reward
+
+
+def member_advantages(members: Sequence[GroupMember], estimator: Advantage) -> GroupAdvantages:
+    """Apply `group_advantages` to members by status, and report the version span.
+
+    Whether a group is complete enough to be trained on at all (every member terminal, or a
+    deadline with at least g_min of them) is decided where groups are gathered.
+    """
+    rewards = [member.baseline_reward for member in members]
+    result = group_advantages(rewards, estimator)
+    spans = [
+        member.versions
+        for member, reward in zip(members, rewards, strict=True)
+        if reward is not None and member.versions is not None
+    ]
+    if not spans:
+        return result
+    span = max(high for _, high in spans) - min(low for low, _ in spans)
+    return replace(result, version_span=span)
+
+
+def batch_std(
+    groups: Sequence[Sequence[float | None]], *, eps: float = 1e-6
+) -> list[GroupAdvantages]:
+    """Return (r - mean of the group)/(std of the batch + eps), std with N-1.
+
+    The batch's standard deviation runs over the rewards of all groups that have a baseline,
+    those of zero variance included (TRL `scale_rewards="batch"`, there with eps 1e-4; AReaL
+    `std_level: batch`, eps 1e-5). The group rules apply as in `group_advantages`.
+    """
+    centred = [group_advantages(group, dr_grpo) for group in groups]
+    pooled = [
+        reward
+        for group, result in zip(groups, centred, strict=True)
+        if result.verdict != "too_few"
+        for reward in group
+        if reward is not None
+    ]
+    if len(pooled) < 2:
+        return centred
+    scale = float(torch.tensor(pooled, dtype=torch.float64).std(correction=1)) + eps
+    return [replace(r, values=tuple(value / scale for value in r.values)) for r in centred]
