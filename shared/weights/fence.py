@@ -1,12 +1,13 @@
-"""The append that allocates a version, and what a refusal of it means."""
+"""The append that allocates a version, and what stands in its way."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 
 from shared.runtime.bus import Bus
-from shared.runtime.errors import Conflict, Fatal, Fenced
+from shared.runtime.errors import BusUnavailable, Conflict, Fatal, Fenced
 from shared.weights.manifest_log import Logged
+from shared.weights.orphans import ORPHAN_AGE_S
 from shared.wire.codec import decode, encode
 from shared.wire.weights import Manifest
 
@@ -52,3 +53,13 @@ async def append_manifest(
             ) from conflict
         return Logged(record.seq, found)
     return Logged(seq, manifest)
+
+
+def refuse_if_late(seconds: float, what: str) -> None:
+    """Refuse to name an upload, begun so many seconds ago, that sweepers may have taken meanwhile.
+
+    Raises:
+        BusUnavailable: it took too long.
+    """
+    if seconds > ORPHAN_AGE_S / 2:
+        raise BusUnavailable(f"{what}: the upload took too long, publish it again")

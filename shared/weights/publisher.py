@@ -17,7 +17,7 @@ from shared.runtime.logs import Log
 from shared.weights.artefact_writer import ArtefactWriter
 from shared.weights.base_copy import BaseCopy
 from shared.weights.digests import num_bytes, specs, version_digest
-from shared.weights.fence import append_manifest
+from shared.weights.fence import append_manifest, refuse_if_late
 from shared.weights.keyframe_store import KeyframeStore
 from shared.weights.manifest_log import Logged, read_head, read_log, read_named_uploads
 from shared.weights.offload import crunch
@@ -123,12 +123,7 @@ class Publisher:
         """
         self._head = await read_head(self._bus)
         self._base = None
-        self._published = PublishedLog()
-        retained = await read_log(self._bus)
-        for entry in retained.manifests:
-            self._published.note_manifest(entry.seq, entry.manifest)
-        for keyframe in retained.keyframes:
-            self._published.note_keyframe(keyframe)
+        self._published = PublishedLog(await read_log(self._bus))
         self._started = True
         return self.head
 
@@ -204,13 +199,15 @@ class Publisher:
                 published_at=self._clock(),
                 producer=self._producer,
             )
-            self._refuse_if_late(started_at, f"version {manifest.version}")
+            refuse_if_late(self._clock() - started_at, f"version {manifest.version}")
             entry = await append_manifest(self._bus, manifest, after=head, own_ids=self._own_ids)
             self._head = entry
             self._published.note_manifest(entry.seq, entry.manifest)
             self._own_ids = {entry.manifest.upload_id}
-            self._base = None  # whatever goes wrong now must not leave a mixture behind
-            self._base = await stored.move_base(state)
+            self._base = None
+            moved = await stored.move_base(state)
+            self._base = stored.base if moved.error is None else None
+            moved.result()
         seconds = time.perf_counter() - started
         self._log.info(
             "version_published",
@@ -238,7 +235,7 @@ class Publisher:
             started, started_at = time.perf_counter(), self._clock()
             sha256 = await crunch(base.num_bytes, lambda: base.check(head))
             artefact = await self._artefacts.keyframe(f"{uuid.uuid4().hex}-k", base.state)
-            self._refuse_if_late(started_at, f"keyframe of version {head.version}")
+            refuse_if_late(self._clock() - started_at, f"keyframe of version {head.version}")
             keyframe = Keyframe(
                 version=head.version,
                 artefact=artefact,
@@ -299,12 +296,3 @@ class Publisher:
             return False
         self._base = base
         return True
-
-    def _refuse_if_late(self, started_at: float, what: str) -> None:
-        """Refuse to name an upload that sweepers of orphans may have taken.
-
-        Raises:
-            BusUnavailable: it took too long.
-        """
-        if self._clock() - started_at > ORPHAN_AGE_S / 2:
-            raise BusUnavailable(f"{what}: the upload took too long, publish it again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from shared.weights.manifest_log import RetainedLog
 from shared.wire.weights import Artefact, Keyframe, Manifest
 
 
@@ -42,12 +43,17 @@ class KeyframePlace:
 class PublishedLog:
     """What the manifest log holds, as far as retention is concerned."""
 
-    def __init__(self) -> None:
+    def __init__(self, retained: RetainedLog | None = None) -> None:
+        """Take in what the log holds now; nothing yet when it is not given."""
         self.seqs: dict[int, int] = {}
         """version -> sequence of its manifest."""
         self.deltas: dict[int, str] = {}
         """version -> upload id of the delta that leads to it."""
         self.keyframes: list[KeyframePlace] = []
+        for entry in retained.manifests if retained is not None else ():
+            self.note_manifest(entry.seq, entry.manifest)
+        for keyframe in retained.keyframes if retained is not None else ():
+            self.note_keyframe(keyframe)
 
     @property
     def newest_keyframe(self) -> int:

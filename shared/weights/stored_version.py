@@ -12,7 +12,7 @@ from shared.weights.base_copy import BaseCopy
 from shared.weights.deltas import DeltaWriter
 from shared.weights.digests import num_bytes, sha256_of
 from shared.weights.offload import crunch
-from shared.weights.settled import settled
+from shared.weights.settled import Settled, settled
 from shared.wire.weights import Artefact, TensorSpec
 
 SHA256_BYTES = 64 * 1024 * 1024
@@ -35,11 +35,9 @@ class StoredVersion:
         """Uploaded."""
         return sum(a.num_bytes for a in (self.delta, self.keyframe) if a is not None)
 
-    async def move_base(self, live: Mapping[str, torch.Tensor]) -> BaseCopy:
-        """Bring the base copy up to this version, even if cancelled meanwhile; return it."""
-        outcome = await settled(self.base.num_bytes, lambda: self.base.follow(live, self.tensors))
-        outcome.result()
-        return self.base
+    async def move_base(self, live: Mapping[str, torch.Tensor]) -> Settled[None]:
+        """Bring the base copy up to this version, even if cancelled meanwhile."""
+        return await settled(self.base.num_bytes, lambda: self.base.follow(live, self.tensors))
 
 
 async def store_version(

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +13,14 @@ from shared.runtime.logs import Log
 from shared.runtime.memory_bus import MemoryBus
 from shared.runtime.memory_server import MemoryServer
 from shared.weights.canary import canary_tokens, make_canary
-from shared.weights.digests import sha256_of, specs, version_digest
+from shared.weights.digests import specs, version_digest
 from shared.weights.follower import Follower
 from shared.weights.history import WeightHistory
 from shared.weights.publisher import Publisher
-from shared.wire.codec import decode, encode
 from shared.wire.subjects import Subjects
-from shared.wire.weights import Artefact, Canary, Control, Manifest
+from shared.wire.weights import Canary, Manifest
+from tests.weights.faults import Faults, FaultyBus
+from tests.weights.following import Following
 
 State = dict[str, torch.Tensor]
 
@@ -168,120 +168,14 @@ def run_of(
     return make
 
 
-class Faults:
-    """What can go wrong with what a server holds, or is about to store."""
-
-    def __init__(self, server: MemoryServer) -> None:
-        self._server = server
-        self._names = Subjects("t")
-        self._stored = server.streams[self._names.stream("chunks")]
-
-    def chunks(self, artefact: Artefact) -> list[int]:
-        """Sequences of an artefact's chunks."""
-        records = self._stored.records
-        return [seq for seq, r in records.items() if f".{artefact.upload_id}." in r.subject]
-
-    def remove(self, seq: int) -> None:
-        self._stored.remove(seq)
-
-    def damage(self, artefact: Artefact, how: str) -> None:
-        """Make an artefact "missing", "truncated", "flipped" or "swapped"."""
-        records = self._stored.records
-        seqs = self.chunks(artefact)
-        first, last = records[seqs[0]], records[seqs[-1]]
-        if how == "missing":
-            self._stored.remove(last.seq)
-        elif how == "truncated":
-            records[last.seq] = replace(last, payload=last.payload[:-1])
-        elif how == "swapped":
-            records[first.seq] = replace(first, payload=last.payload)
-            records[last.seq] = replace(last, payload=first.payload)
-        else:
-            flipped = bytes([last.payload[0] ^ 1]) + last.payload[1:]
-            records[last.seq] = replace(last, payload=flipped)
-
-    async def low_water(self, mark: int) -> None:
-        control = Control(phase="running", head_version=0, oldest_needed=mark, updated_at=0.0)
-        await MemoryBus(self._names, self._server).put_control("control", encode(control))
-
-    @contextmanager
-    def tamper(
-        self, change: Callable[[Manifest], Manifest] = lambda manifest: manifest, lose: bool = False
-    ) -> Iterator[None]:
-        """Let `change` see, damage or replace manifests before they are stored, or lose them."""
-        original = self._server.append
-
-        def append(
-            name: str, subject: str, payload: bytes, expected: int | None, msg_id: str
-        ) -> int:
-            if subject != self._names.manifest:
-                return original(name, subject, payload, expected, msg_id)
-            payload = encode(change(decode(payload, Manifest)))
-            seq = original(name, subject, payload, expected, msg_id)
-            if lose:
-                stream = self._server.streams[name]
-                stream.remove(seq)
-                stream.by_subject[subject] = seq  # what the fence compares with
-            return seq
-
-        self._server.append = append  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            self._server.append = original  # type: ignore[method-assign]
-
-    def trickling(self) -> MemoryBus:
-        """A bus that pauses after every batch of a log."""
-
-        class Trickling(MemoryBus):
-            async def read(self, *args, **options):  # type: ignore[no-untyped-def]
-                async with aclosing(super().read(*args, **options)) as batches:
-                    async for batch in batches:
-                        yield batch
-                        await asyncio.sleep(0.005)
-
-        return Trickling(self._names, self._server)
-
-
 @pytest.fixture
 def faults(server: MemoryServer) -> Faults:
     return Faults(server)
 
 
-class Following:
-    """A follower running in the background, and what it showed."""
-
-    def __init__(self, follower: Follower, history: WeightHistory) -> None:
-        self.follower = follower
-        self.history = history
-        self.heads: list[int] = []
-        self.versions: list[int] = []
-        self.changed: list[frozenset[str] | None] = []
-        self.pause_s = 0.0
-
-    async def on_head(self, manifest: Manifest, changed: frozenset[str] | None) -> None:
-        assert await self.sha256(manifest.version) == manifest.sha256
-        self.heads.append(manifest.version)
-        self.changed.append(changed)
-        await asyncio.sleep(self.pause_s)
-
-    async def on_version(self, manifest: Manifest) -> None:
-        assert await self.sha256(manifest.version) == manifest.sha256
-        self.versions.append(manifest.version)
-
-    async def sha256(self, version: int) -> str:
-        """Hash of a version as the history lends it."""
-        async with self.history.at(version) as state:
-            assert version_digest(specs(state)) == self.history.manifest(version).digest
-            return sha256_of(state)
-
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-        async with asyncio.timeout(timeout_s):
-            while not condition():  # noqa: ASYNC110 - any condition, test code
-                await asyncio.sleep(0.005)
-
-    async def until_head(self, version: int, timeout_s: float = 5.0) -> None:
-        await self.until(lambda: bool(self.heads) and self.heads[-1] == version, timeout_s)
+@pytest.fixture
+def faulty(server: MemoryServer) -> FaultyBus:
+    return FaultyBus(Subjects("t"), server)
 
 
 @pytest.fixture
