@@ -269,8 +269,8 @@ async def test_making_pieces_overlaps_with_storing_them(new_bus) -> None:
 
 async def test_the_event_loop_answers_while_pieces_are_made(new_bus) -> None:
     def pieces() -> Iterator[bytes]:
-        for _ in range(5):
-            time.sleep(0.06)
+        for _ in range(3):
+            time.sleep(0.25)
             yield b"x" * 100
 
     uploading = asyncio.ensure_future(put(new_bus(), pieces()))
@@ -279,7 +279,7 @@ async def test_the_event_loop_answers_while_pieces_are_made(new_bus) -> None:
         started = time.monotonic()
         await asyncio.sleep(0.001)
         worst = max(worst, time.monotonic() - started)
-    assert worst < 0.05
+    assert worst < 0.2
     await uploading
 
 

@@ -1,0 +1,167 @@
+"""Sweeping uploads that nobody names, on the bus and in a store of files."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+
+import pytest
+
+from shared.runtime.errors import BusUnavailable
+from shared.weights.chunks import download, upload
+from shared.weights.keyframe_store import KeyframeStore
+from shared.weights.orphans import sweep_orphans
+
+
+class Clock:
+    """Stored times, in seconds; set before an upload."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(server) -> Clock:
+    clock = Clock()
+    server.clock = clock
+    return clock
+
+
+async def put(bus, upload_id: str, num_chunks: int = 3):
+    uploaded = await upload(
+        bus,
+        "delta",
+        [upload_id.encode()[:1] * (100 * num_chunks)],
+        upload_id=upload_id,
+        encoding="x",
+        chunk_bytes=100,
+    )
+    return uploaded.artefact
+
+
+async def uploads(bus) -> set[str]:
+    subjects = await bus.subjects_of("chunks", f"{bus.subjects.prefix}.chunk.*.*")
+    return {subject.split(".")[-2] for subject in subjects}
+
+
+async def test_only_what_is_old_and_named_by_nobody_goes(new_bus, clock) -> None:
+    bus = new_bus()
+    kept = await put(bus, "named", 5)
+    await put(bus, "lost")
+    clock.now = 2000.0
+    await put(bus, "young")
+    assert await sweep_orphans(bus, None, named={"named"}, older_than=1500.0) == 1
+    assert await uploads(bus) == {"named", "young"}
+    assert b"".join([c async for c in download(bus, kept, timeout_s=0.0)]) == b"n" * 500
+    assert await sweep_orphans(bus, None, named={"named"}, older_than=1500.0) == 0
+
+
+async def test_nothing_goes_when_not_all_names_could_be_read(new_bus, clock, tmp_path) -> None:
+    bus, store = new_bus(), KeyframeStore(str(tmp_path))
+    await put(bus, "lost")
+    artefact = store.put(uuid.uuid4().hex, [b"lost"])
+    assert await sweep_orphans(bus, store, named=None, older_than=time.time() + 1e6) == 0
+    assert await uploads(bus) == {"lost"}
+    assert set(store.list()) == {artefact.upload_id}
+
+
+async def test_an_upload_that_began_long_ago_stays_while_chunks_still_arrive(
+    new_bus, clock
+) -> None:
+    bus = new_bus()
+    await put(bus, "slow", 2)
+    clock.now = 2000.0
+    await bus.append(bus.subjects.chunk("slow", 2), b"x")
+    assert await sweep_orphans(bus, None, named=set(), older_than=1500.0) == 0
+    assert await sweep_orphans(bus, None, named=set(), older_than=2000.0) == 1
+    assert await uploads(bus) == set()
+
+
+async def test_an_upload_whose_first_chunks_are_gone_is_swept_too(new_bus, clock) -> None:
+    bus = new_bus()
+    await put(bus, "half", 12)
+    await bus.purge("chunks", 5)
+    assert bus.subjects.chunk("half", 0) not in await bus.subjects_of(
+        "chunks", f"{bus.subjects.prefix}.chunk.half.*"
+    )
+    assert await sweep_orphans(bus, None, named=set(), older_than=1500.0) == 1
+    assert await uploads(bus) == set()
+
+
+async def test_sweeping_reads_one_chunk_of_each_upload_that_is_not_named(new_bus, clock) -> None:
+    bus = new_bus()
+    for name in ("named", "lost", "also-lost"):
+        await put(bus, name, 20)
+    real, read = bus.last, []
+
+    async def last(subject: str):
+        read.append(subject.removeprefix(f"{bus.subjects.prefix}.chunk."))
+        return await real(subject)
+
+    bus.last = last
+    assert await sweep_orphans(bus, None, named={"named"}, older_than=1500.0) == 2
+    assert sorted(read) == ["also-lost.19", "lost.19"]
+
+
+async def test_a_chunk_appended_while_sweeping_stays(new_bus, clock) -> None:
+    bus = new_bus()
+    await put(bus, "back", 2)
+    real = bus.last
+
+    async def last(subject: str):
+        record = await real(subject)
+        clock.now = 2000.0
+        await bus.append(bus.subjects.chunk("back", 2), b"x")
+        return record
+
+    bus.last = last
+    await sweep_orphans(bus, None, named=set(), older_than=1500.0)
+    assert await bus.subjects_of("chunks", f"{bus.subjects.prefix}.chunk.*.*") == [
+        bus.subjects.chunk("back", 2)
+    ]
+
+
+async def test_files_are_swept_by_the_same_rule_and_counted_once(new_bus, clock, tmp_path) -> None:
+    bus, store = new_bus(), KeyframeStore(str(tmp_path))
+    names = [uuid.uuid4().hex for _ in range(3)]
+    for name in names:
+        store.put(name, [b"x"])
+    (named, lost, _) = names
+    for name in (named, lost):
+        os.utime(tmp_path / name / "model.safetensors", (1000.0, 1000.0))
+    unfinished = uuid.uuid4().hex
+    (tmp_path / unfinished).mkdir()
+    part = tmp_path / unfinished / ".model.safetensors.part"
+    part.write_bytes(b"half")
+    os.utime(part, (1000.0, 1000.0))
+    await put(bus, lost)  # the same upload on the bus and in the store is one
+    assert await sweep_orphans(bus, store, named={named}, older_than=1500.0) == 2
+    assert set(store.list()) == {named, names[2]}
+    assert not (tmp_path / unfinished).exists()
+
+
+async def test_a_store_that_cannot_be_listed_is_an_error_after_the_bus_was_swept(
+    new_bus, clock, tmp_path, monkeypatch
+) -> None:
+    bus, store = new_bus(), KeyframeStore(str(tmp_path))
+    await put(bus, "lost")
+
+    def fails() -> dict[str, float]:
+        raise PermissionError("the bucket")
+
+    monkeypatch.setattr(store, "list", fails)
+    with pytest.raises(PermissionError):
+        await sweep_orphans(bus, store, named=set(), older_than=1500.0)
+    assert await uploads(bus) == set()
+
+
+async def test_a_bus_that_does_not_answer_is_not_an_empty_one(new_bus, server, clock) -> None:
+    bus = new_bus()
+    await put(bus, "lost")
+    server.set_up(False)
+    with pytest.raises(BusUnavailable):
+        await sweep_orphans(bus, None, named=set(), older_than=1500.0)
