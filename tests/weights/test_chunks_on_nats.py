@@ -147,7 +147,8 @@ async def test_own_small_appends_keep_their_latency_during_a_keyframe(connected)
     """The same on the publisher's own connection, where they queue behind one window of chunks."""
     bus = await connected()
     piece = os.urandom(4 * MB)
-    uploading = asyncio.ensure_future(put(bus, (piece for _ in range(50))))
+    pieces = (piece for _ in range(50))
+    uploading = asyncio.ensure_future(put(bus, pieces))
     taken = await small_appends(bus, uploading.done)
     await uploading
     assert taken[len(taken) // 2] < 0.1
