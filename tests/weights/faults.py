@@ -16,12 +16,14 @@ from shared.wire.weights import Artefact, Control, Manifest
 
 
 class FaultyBus(MemoryBus):
-    """Fails the manifest append in one of the ways a network can."""
+    """Fails an append to the log in one of the ways a network can."""
 
     fault = ""
+    of = ".manifest.version"
+    """What the next fault is for."""
 
     async def append(self, subject, payload, **options) -> int:
-        if not subject.endswith(".manifest.version") or not self.fault:
+        if not subject.endswith(self.of) or not self.fault:
             return await super().append(subject, payload, **options)
         fault, self.fault = self.fault, ""
         if fault == "crash before":

@@ -105,6 +105,30 @@ async def test_a_version_waits_for_the_keyframe_that_is_being_made_of_its_base(
         assert f.follower.resyncs == 0
 
 
+@pytest.mark.parametrize("fault", ["crash before", "crash after", "lost acknowledgement"])
+async def test_a_keyframe_whose_append_failed_is_made_again_and_harms_nobody(
+    run_of, faulty, following, fault: str
+) -> None:
+    p = await run_of(4, faulty)
+    faulty.of, faulty.fault = ".manifest.keyframe", fault
+    if fault == "lost acknowledgement":
+        await p.more(1)
+    else:
+        with pytest.raises(BusUnavailable):
+            await p.more(1)
+        assert p.publisher.head.version == 4
+        assert p.publisher.keyframe_due
+        assert await p.publisher.publish_keyframe(reason="due") is not None
+    assert not p.publisher.keyframe_due
+    records = (await read_log(faulty)).keyframes
+    assert len(records) == (1 if fault == "crash before" else 2)
+    assert {record.version for record in records} == {4}
+    assert await p.publisher.sweep_orphans(min_age_s=-60.0) == (fault == "crash before")
+    async with following() as f:
+        await f.until_head(4)
+        assert (f.follower.resyncs, f.follower.versions_applied) == (0, 1)
+
+
 async def test_a_keyframe_whose_upload_sweepers_may_have_taken_is_not_announced(
     new_publisher, make_state, new_bus
 ) -> None:
