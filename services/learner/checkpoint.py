@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from shared.backends.base import Backend
 from shared.runtime.errors import Fatal
 from shared.runtime.logs import Log
 
@@ -27,6 +28,14 @@ class Checkpoint:
     """Stream -> lowest sequence that a replay from here may still need."""
 
 
+class Saves(Protocol):
+    """Something with state: the backend, the old-logit route."""
+
+    def save(self, path: Path, /) -> None:
+        """Write files of its own into an existing folder."""
+        ...
+
+
 class CheckpointStore:
     """The checkpoints of one run."""
 
@@ -38,7 +47,7 @@ class CheckpointStore:
 
     def save(
         self,
-        backend: Backend,
+        parts: Sequence[Saves],
         *,
         version: int,
         digest: str,
@@ -61,7 +70,8 @@ class CheckpointStore:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            backend.save(partial)
+            for part in parts:
+                part.save(partial)
             (partial / _FACTS).write_text(json.dumps(facts))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)

@@ -77,7 +77,8 @@ def build_items(
             num_trajectories += 1
             for sequence, score in zip(sequences, old[member.ticket_id], strict=True):
                 item = _item(sequence, score, group, member.advantage, num_trajectories)
-                exact += int(item.loss_mask.sum())
+                own = [entry.version for entry in score.versions if entry.status == "exact"]
+                exact += int((item.loss_mask & np.isin(item.versions, own)).sum())
                 ages.append(batch.version - item.versions[item.loss_mask])
                 items.append(item)
     return BatchItems(

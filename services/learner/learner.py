@@ -76,11 +76,12 @@ class Learner:
             config.learner,
             temperature=config.sampling.temperature,
             num_ages=config.admission.max_staleness + 1,
+            proxy=route.proxy,
         )
         self._advantage = partial(
             group_advantages, estimator=ADVANTAGES[config.learner.algo.advantage]
         )
-        self._recovery = Recovery(context, desk, journal, route)
+        self._recovery = Recovery(context, desk, journal, with_scores=route.waits_for_scores)
         self._previous: dict[str, torch.Tensor] = {}
         """The head's tensors right after a restart: base of the first delta."""
         self._wait_s = 0.0
@@ -124,6 +125,8 @@ class Learner:
             )
         self.version = checkpoint.version if checkpoint else 0
         self.optimizer_steps = checkpoint.optimizer_steps if checkpoint else 0
+        if checkpoint is not None:
+            await asyncio.to_thread(self._route.load, checkpoint.path)
         await self._journal.write(
             RunStarted(
                 incarnation=self._context.incarnation,
@@ -140,6 +143,7 @@ class Learner:
             "run_taken_over", journal_entries=num_entries, from_version=self.version
         )
         await self._commit(self.version)
+        await self._route.start()
         while (batch := state.batches.get(self.version)) is not None:
             self._previous = {n: t.clone() for n, t in self._backend.state().items()}
             await self._execute(batch, await self._recovery.members(batch), replay=True)
@@ -232,12 +236,13 @@ class Learner:
         """Perform a journalled batch; on replay nothing is decided again."""
         started_at = time.time()
         with self._context.busy():
-            old = self._route.at_step(list(members.values()), self._backend, batch.version)
-            items = build_items(batch, members, old)
+            old = await self._route.at_step(list(members.values()), batch.version)
+            items = build_items(batch, members, old.by_ticket)
             outcome = await asyncio.to_thread(
                 self._trainer.step, items, version=batch.version, seed=batch.seed
             )
         self.optimizer_steps += outcome.optimizer_steps
+        await self._route.stepped(batch.version + 1)
         trained_at = time.time()
         published = await self._commit(batch.version + 1)
         self.version = batch.version + 1
@@ -246,6 +251,14 @@ class Learner:
             self._context.set_version(self.version)
             self._desk.changed.set()
         if self.version > self._reported:
+            self._context.count("old_logprobs_s", old.cost.seconds)
+            self._context.count("fallback_tokens", old.fallback_tokens)
+            outcome.scalars.update(
+                old_logprobs_s=old.cost.seconds,
+                old_logprobs_forward_tokens=float(old.cost.forward_tokens),
+                old_logprobs_held_bytes=float(old.cost.held_bytes),
+                fallback_tokens=float(old.fallback_tokens),
+            )
             report = self._report(batch, members, outcome, published, (started_at, trained_at))
             await self._context.bus.append(
                 self._context.bus.subjects.stats("step"),
@@ -276,7 +289,7 @@ class Learner:
         await asyncio.to_thread(
             partial(
                 self._store.save,
-                self._backend,
+                (self._backend, self._route),
                 version=self.version,
                 digest=state_digest(self._backend),
                 optimizer_steps=self.optimizer_steps,

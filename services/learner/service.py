@@ -27,8 +27,9 @@ from services.learner.keyframing import Keyframing
 from services.learner.learner import Learner
 from services.learner.positions import Positions
 from services.learner.publication import Publication, Slack
-from services.learner.routes.base import OldLogprobRoute
-from services.learner.routes.oracle import OracleRoute
+from services.learner.routes.base import OldLogprobRoute, RouteContext
+from services.learner.routes.registry import ROUTES
+from services.learner.score_records import score_event
 from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
 from shared.backends.adamw import AdamWSettings
@@ -40,14 +41,11 @@ from shared.runtime.intake import accept
 from shared.runtime.leases import LeaseBoard
 from shared.weights.assembly import make_publisher
 from shared.weights.retention import oldest_needed
-from shared.wire.base import Message
 from shared.wire.codec import encode
 from shared.wire.errors import ForeignMajor
+from shared.wire.messages import Score
 from shared.wire.trajectory import Failure
 from shared.wire.weights import Control
-
-ROUTES: dict[str, type[OldLogprobRoute]] = {"oracle": OracleRoute}
-"""By the name in `old_logprobs.route`."""
 
 _TICK_S = 1.0
 _FOREIGN_RETRY_S = 5.0
@@ -101,6 +99,30 @@ def load_task_source(config: LearnerConfig) -> TaskSource:
     return cast("TaskSource", cls(config.task, config.run.seed))
 
 
+def make_route(context: Context, config: LearnerConfig, backend: TorchBackend) -> OldLogprobRoute:
+    """Build the configured old-logit route around the weights being trained.
+
+    Raises:
+        ConfigError: no such route.
+    """
+    name = config.old_logprobs.route
+    if name not in ROUTES:
+        raise ConfigError(f"old_logprobs.route: {name!r} is none of {', '.join(ROUTES)}")
+    return ROUTES[name](
+        RouteContext(
+            backend=backend,
+            make_scorer=lambda: load_backend(config),
+            bus=context.bus,
+            log=context.log,
+            weights=config.weights,
+            section=config.old_logprobs,
+            temperature=config.sampling.temperature,
+            pack_tokens=config.learner.optimizer.micro_batch_tokens,
+            max_staleness=config.admission.max_staleness,
+        )
+    )
+
+
 class _Shell:
     def __init__(
         self, context: Context, config: LearnerConfig, backend: TorchBackend, source: TaskSource
@@ -109,7 +131,7 @@ class _Shell:
         self._config = config
         self._bus = context.bus
         self._source = source
-        self._route = ROUTES[config.old_logprobs.route]()
+        self._route = make_route(context, config, backend)
         self._board = LeaseBoard(context.bus, config.telemetry.lease_expiry_s)
         self._journal = JournalLog(context.bus)
         self._publisher = make_publisher(
@@ -149,6 +171,12 @@ class _Shell:
 
     async def run(self) -> None:
         await self._board.start()
+        try:
+            await self._run()
+        finally:
+            await self._route.close()
+
+    async def _run(self) -> None:
         await self._learner.take_over()
         if self._journal.state.cursor:
             self._source.restore(self._journal.state.cursor)
@@ -159,7 +187,7 @@ class _Shell:
                 group.create_task(loop)
                 for loop in (
                     self._read_terminals(),
-                    self._read_scores(),
+                    *([self._read_scores()] if self._route.waits_for_scores else []),
                     self._issue(),
                     self._evaluate_progress(),
                     self._tick(),
@@ -183,11 +211,10 @@ class _Shell:
                     self._positions.next["terminals"] = record.seq + 1
 
     async def _read_scores(self) -> None:
-        message_type = self._route.scores_message()
         async with aclosing(self._bus.read("scores", self._positions.next["scores"])) as log:
             async for records in log:
                 for record in records:
-                    await self._take_score(record, message_type)
+                    await self._take_score(record)
                     self._positions.next["scores"] = record.seq + 1
 
     async def _take_terminal(self, record: Record) -> None:
@@ -202,11 +229,11 @@ class _Shell:
             except ForeignMajor as error:
                 await self._wait_for_upgrade(error)
 
-    async def _take_score(self, record: Record, message_type: type[Message]) -> None:
+    async def _take_score(self, record: Record) -> None:
         while True:
             try:
                 message = await accept(
-                    self._context, record.subject, record.seq, record.payload, message_type
+                    self._context, record.subject, record.seq, record.payload, Score
                 )
             except ForeignMajor as error:
                 await self._wait_for_upgrade(error)
@@ -215,7 +242,7 @@ class _Shell:
                 if message is None:
                     self._desk.score_lost(record.subject.rpartition(".")[2], "unreadable")
                 else:
-                    self._desk.score(self._route.arrived(message, record.seq))
+                    self._desk.score(score_event(message, record.seq))
             return
 
     async def _wait_for_upgrade(self, error: ForeignMajor) -> None:
@@ -288,8 +315,13 @@ class _Shell:
         return oldest_needed(
             self._learner.version,
             issue_versions=self._desk.admission.outstanding.values(),
-            checkpoint_versions=self._learner.retained_versions,
+            checkpoint_versions=self._replayed_versions(),
         )
+
+    def _replayed_versions(self) -> list[int]:
+        """Return the oldest versions that a restart from each checkpoint may have to score."""
+        back = 0 if self._route.waits_for_scores else self._config.admission.max_staleness
+        return [max(0, version - back) for version in self._learner.retained_versions]
 
     async def _put_control(self) -> None:
         control = Control(

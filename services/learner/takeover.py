@@ -16,7 +16,7 @@ from services.learner.checkpoint import Checkpoint, CheckpointStore
 from services.learner.desk import Desk
 from services.learner.evaluation import EvaluationRound
 from services.learner.journal_log import JournalLog
-from services.learner.routes.base import OldLogprobRoute
+from services.learner.score_records import score_event
 from services.learner.staging import Scored, TerminalArrived
 from shared.backends.base import Backend
 from shared.runtime.bus import Bus, Record
@@ -30,7 +30,7 @@ from shared.weights.history import State
 from shared.wire.codec import content_digest, decode
 from shared.wire.errors import ForeignMajor, Malformed, WireError
 from shared.wire.journal import Batch, Member
-from shared.wire.messages import Terminal, Ticket
+from shared.wire.messages import Score, Terminal, Ticket
 from shared.wire.trajectory import Failure, Trajectory
 from shared.wire.weights import Manifest
 
@@ -118,13 +118,13 @@ class Recovery:
     """Reads back what the open tickets and the journalled batches refer to."""
 
     def __init__(
-        self, context: Context, desk: Desk, journal: JournalLog, route: OldLogprobRoute
+        self, context: Context, desk: Desk, journal: JournalLog, *, with_scores: bool
     ) -> None:
         self._context = context
         self._bus = context.bus
         self._desk = desk
         self._journal = journal
-        self._route = route
+        self._with_scores = with_scores
 
     async def adopt_open_tickets(self) -> None:
         """Hand open groups and evaluations to the desk, with whatever is stored of them.
@@ -168,7 +168,8 @@ class Recovery:
                 return False
             terminal = terminal_event(record)
             self._desk.terminal(terminal)
-            if isinstance(terminal.outcome, Trajectory) and ticket.purpose == "train":
+            training = self._with_scores and ticket.purpose == "train"
+            if training and isinstance(terminal.outcome, Trajectory):
                 stored = await self._bus.last(subjects.score(ticket.ticket_id))
                 if stored is not None:
                     self._hand_score(ticket.ticket_id, stored)
@@ -176,13 +177,13 @@ class Recovery:
 
     def _hand_score(self, ticket_id: str, stored: Record) -> None:
         try:
-            message = decode(stored.payload, self._route.scores_message())
+            message = decode(stored.payload, Score)
         except ForeignMajor:
             raise
         except WireError as error:
             self._desk.score_lost(ticket_id, str(error))
         else:
-            self._desk.score(self._route.arrived(message, stored.seq))
+            self._desk.score(score_event(message, stored.seq))
 
     async def _read_member(self, member: Member) -> Scored:
         terminal = await self._bus.get("terminals", member.terminal_seq)
@@ -198,8 +199,7 @@ class Recovery:
         assert isinstance(event.outcome, Trajectory)
         scores = ()
         if score is not None:
-            message = decode(score.payload, self._route.scores_message())
-            scores = self._route.arrived(message, score.seq).sequences
+            scores = decode(score.payload, Score).sequences
         return Scored(
             ticket_id=member.ticket_id,
             terminal_seq=event.seq,

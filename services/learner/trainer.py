@@ -18,6 +18,7 @@ from services.learner.items import BatchItems, Item, pack_items, shuffled_miniba
 from services.learner.schedule import learning_rate
 from shared.algo.batching import PackedBatch, balance
 from shared.algo.policy_loss import MinibatchLoss, PolicyLoss, count
+from shared.algo.proximal import Proxy
 from shared.backends.base import Backend
 
 
@@ -35,14 +36,23 @@ class Trainer:
     """Runs the configured objective on a backend."""
 
     def __init__(
-        self, backend: Backend, section: LearnerSection, *, temperature: float, num_ages: int
+        self,
+        backend: Backend,
+        section: LearnerSection,
+        *,
+        temperature: float,
+        num_ages: int,
+        proxy: Proxy | None = None,
     ) -> None:
-        """Train `backend`; ages at or above `num_ages` share the last bin of the per-age sums."""
+        """Train `backend`; ages at or above `num_ages` share the last bin of the per-age sums.
+
+        With a `proxy` the loss computes old log-probs between the sampler's and the current ones.
+        """
         self._backend = backend
         self._section = section
         self._temperature = temperature
         self._num_ages = num_ages
-        self._policy_loss = PolicyLoss(section.algo.objective())
+        self._policy_loss = PolicyLoss(section.algo.objective(), proxy=proxy)
 
     def step(self, batch: BatchItems, *, version: int, seed: int) -> StepOutcome:
         """Take the optimizer steps from `version` to `version + 1`."""

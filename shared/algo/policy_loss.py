@@ -39,12 +39,16 @@ from shared.algo.batching import PackedBatch
 from shared.algo.corrections import Layout, correct
 from shared.algo.losses import Denominators, aggregate, clip_causes, decoupled_ppo
 from shared.algo.objective import Objective
+from shared.algo.proximal import Proxy, alpha_by_age, linear_proxy, loglinear_proxy
 from shared.algo.ratios import split
 
 PER_TOKEN = ("loss_mask", "old_logprobs", "sampler_logprobs", "advantages", "versions")
 """Required in `PackedBatch.per_token`, each [T]: m (bool or 0/1), ℓ^old, ℓ^inf, A, and the i64
 stamp v. All but the mask are read only where it is 1. Optional `trajectory` i64: tokens of one
 trajectory share a number inside the micro-batch; absent, each sequence is one."""
+
+
+PROXIES = {"loglinear": loglinear_proxy, "linear": linear_proxy}
 
 
 class Output(Protocol):
@@ -95,8 +99,10 @@ def trajectory_of(batch: PackedBatch) -> torch.Tensor:
 class PolicyLoss:
     """Decoupled PPO with a correction on D and a clip on S, as configured."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, *, proxy: Proxy | None = None) -> None:
+        """Optimise `objective`; with a `proxy`, ℓ^old is computed from ℓ^inf, ℓ and the age."""
         self.objective = objective
+        self.proxy: Proxy | None = proxy
 
     @property
     def needs_entropy(self) -> bool:
@@ -117,7 +123,12 @@ class PolicyLoss:
         return MinibatchLoss(self, denominators, version_now=version_now, first=first)
 
     def compute(
-        self, output: Output, batch: PackedBatch, denominators: Denominators
+        self,
+        output: Output,
+        batch: PackedBatch,
+        denominators: Denominators,
+        *,
+        version_now: int = 0,
     ) -> tuple[torch.Tensor, TokenTrace]:
         """Return the scalar loss of a micro-batch and what it did to each loss token.
 
@@ -132,7 +143,11 @@ class PolicyLoss:
         rows_N = mask_T.nonzero()[:, 0]
         old_N, inf_N, adv_N, versions_N = (batch.per_token[n][rows_N] for n in PER_TOKEN[1:])
         all_N = torch.ones_like(rows_N, dtype=torch.bool)
-        ratios = split(output.logprobs_T[rows_N], old_N, inf_N, all_N)
+        now_N = output.logprobs_T[rows_N]
+        if self.proxy is not None:
+            alpha_N = alpha_by_age(version_now - versions_N, versions_N)
+            old_N = PROXIES[self.proxy](now_N, inf_N, alpha_N)
+        ratios = split(now_N, old_N, inf_N, all_N)
         layout = Layout(all_N, *_renumber(trajectory_of(batch)[rows_N]))
         adv_N = adv_N.to(ratios.log_s_T.dtype)
 
@@ -193,7 +208,9 @@ class MinibatchLoss:
 
     def __call__(self, output: Output, batch: PackedBatch) -> torch.Tensor:
         """Return the scalar to differentiate."""
-        loss, trace = self.policy_loss.compute(output, batch, self.denominators)
+        loss, trace = self.policy_loss.compute(
+            output, batch, self.denominators, version_now=self.version_now
+        )
         self.traces.append(trace)
         self.loss += float(loss.detach())
         return loss

@@ -22,9 +22,9 @@ from shared.wire.messages import SequenceScore, VersionScore
 from shared.wire.trajectory import Sequence, Trajectory
 
 LayoutKind = Literal["packed", "single"]
-Status = Literal["exact", "unverified", "unscorable"]
+Status = Literal["exact", "unverified", "approximate", "unscorable"]
 
-_WORST: tuple[Status, ...] = ("exact", "unverified", "unscorable")
+_WORST: tuple[Status, ...] = ("exact", "unverified", "approximate", "unscorable")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +73,37 @@ def pieces_of(trajectory: Trajectory, *, kind: LayoutKind, temperature: float) -
                     )
                 )
     return tuple(pieces)
+
+
+def whole_pieces(trajectory: Trajectory, *, temperature: float) -> tuple[Piece, ...]:
+    """Return one piece per sequence (and temperature) with every sampled position in it.
+
+    For weights that are not looked up by version: stamps are not read, `version` is -1.
+    """
+    pieces: list[Piece] = []
+    for index, sequence in enumerate(trajectory.sequences):
+        token_ids = sequence.token_ids.numpy()
+        sampled = np.flatnonzero(sequence.loss_mask.numpy())
+        if not len(sampled):
+            continue
+        drawn_at = _drawn_at(sequence, temperature)
+        for own, positions in _by_temperature(sampled, drawn_at):
+            pieces.append(
+                Piece(
+                    sequence=index,
+                    version=-1,
+                    temperature=temperature if own is None else own,
+                    token_ids=token_ids[: int(positions[-1]) + 1],
+                    positions=positions,
+                    can_be_exact=False,
+                )
+            )
+    return tuple(pieces)
+
+
+def score_dtype(dtype: torch.dtype) -> DType:
+    """Return the wire dtype of scores of a model in `dtype`."""
+    return "f8" if dtype == torch.float64 else "f4"
 
 
 def objection(trajectory: Trajectory, num_vocab: int) -> str:
@@ -124,7 +155,7 @@ class TrajectoryScore:
     def __init__(
         self, trajectory: Trajectory, pieces: tuple[Piece, ...], dtype: torch.dtype
     ) -> None:
-        self._dtype: DType = "f8" if dtype == torch.float64 else "f4"
+        self._dtype: DType = score_dtype(dtype)
         self._values = [
             np.zeros(sequence.token_ids.shape[0], dtype="<" + self._dtype)
             for sequence in trajectory.sequences
@@ -158,6 +189,12 @@ class TrajectoryScore:
         piece = self.pieces[index]
         self._note(piece, "unscorable", "")
         return len(piece.positions)
+
+    def substitute(self, index: int, logprobs: npt.NDArray[np.floating[Any]]) -> None:
+        """Take numbers of other weights for piece `index`, tagged as such."""
+        piece = self.pieces[index]
+        self._values[piece.sequence][piece.positions] = logprobs
+        self._note(piece, "approximate", "")
 
     def sequences(self) -> tuple[SequenceScore, ...]:
         """Return the result in wire form."""

@@ -141,7 +141,18 @@ class WeightsSection(Section):
 class OldLogprobsSection(Section):
     """Where old log-probs come from."""
 
-    route: Literal["oracle"] = "oracle"
+    route: Literal[
+        "oracle", "snapshot_old", "interrupt", "ewma_prox", "ppo_ewma_async",
+        "interp_prox_loglinear", "interp_prox_linear", "current_recompute", "rollout",
+    ] = "oracle"  # fmt: skip
+    """The first three are exact (docs/routes.md)."""
+    layout: Literal["packed", "single"] = "packed"
+    """How snapshot_old and interrupt forward: packed prefixes, or each whole sequence alone."""
+    version_timeout_s: float = Field(default=60.0, gt=0)
+    """How long snapshot_old asks for a version before the run fails."""
+    fallback: Literal["", "current_recompute"] = ""
+    """What replaces the old log-probs of a version that is gone for good: tagged and counted.
+    Empty: the run fails, naming the version."""
     score_timeout_s: float = Field(default=120.0, gt=0)
     """A trajectory unscored for so long, while an oracle lives, counts as failed."""
     shadow: tuple[Literal["current_recompute"], ...] = ("current_recompute",)

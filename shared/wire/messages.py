@@ -76,8 +76,9 @@ class VersionScore(Part):
     """Provenance of the old log-probs of one version inside one sequence."""
 
     version: int = Field(ge=0)
-    status: Literal["exact", "unverified", "unscorable"]
-    """exact: under the stamped, canary-verified version. unscorable: that version is gone."""
+    status: Literal["exact", "unverified", "unscorable", "approximate"]
+    """exact: under the stamped, canary-verified version. unscorable: that version is gone.
+    approximate: by a route that does not use the stamped version, or by its fallback."""
     digest: str = ""
     """The version's digest, from its manifest."""
 

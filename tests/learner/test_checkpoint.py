@@ -34,7 +34,7 @@ def store(folder: Path, keep: int = 2) -> CheckpointStore:
 
 def save(checkpoints: CheckpointStore, version: int, backend: Weights | None = None) -> None:
     checkpoints.save(
-        backend or Weights(),  # type: ignore[arg-type]
+        [backend or Weights()],
         version=version,
         digest=f"d{version}",
         optimizer_steps=2 * version,

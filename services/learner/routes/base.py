@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from services.learner.staging import ScoreArrived, Scored
+from services.learner.staging import Scored
+from shared.algo.proximal import Proxy
 from shared.backends.base import Backend
-from shared.wire.base import Message
+from shared.runtime.bus import Bus
+from shared.runtime.logs import Log
+from shared.runtime.sections import OldLogprobsSection, WeightsSection
 from shared.wire.messages import SequenceScore
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCost:
+    """What a route cost the learner in one step, on its critical path."""
+
+    seconds: float = 0.0
+    forward_tokens: int = 0
+    """Tokens forwarded for it, prefixes included."""
+    held_bytes: int = 0
+    """Weights it keeps beyond the learner's own: copies, patches, anchors."""
+
+
+@dataclass(frozen=True, slots=True)
+class OldLogprobs:
+    """The old log-probs of one batch."""
+
+    by_ticket: Mapping[str, tuple[SequenceScore, ...]]
+    """With provenance per version: `exact`, `approximate` or `unverified`."""
+    cost: RouteCost
+    fallback_tokens: int = 0
+    """Tokens of an exact route whose version is gone and whose number is the fallback's."""
+
+
+@dataclass(frozen=True)
+class RouteContext:
+    """What a route may use of the learner."""
+
+    backend: Backend
+    """The weights being trained; at `at_step` they are exactly the version stepped from."""
+    make_scorer: Callable[[], Backend]
+    """A second model of the same architecture, for weights that are not the current ones."""
+    bus: Bus
+    log: Log
+    weights: WeightsSection
+    section: OldLogprobsSection
+    temperature: float
+    pack_tokens: int
+    max_staleness: int
 
 
 class OldLogprobRoute(Protocol):
@@ -16,23 +60,58 @@ class OldLogprobRoute(Protocol):
 
     A route either waits for scores that another service stores (`waits_for_scores`), or computes
     them when the step begins (`at_step`). A missing version is an error or a tagged, counted
-    fallback, never silently the current weights.
+    fallback, never silently the current weights. The same journalled batch must give the same
+    numbers on replay: whatever a route carries from step to step goes into the checkpoint.
     """
 
     name: str
     exact: bool
+    """Whether every number is that of the version stamped on the token."""
     waits_for_scores: bool
+    proxy: Proxy | None
+    """Computed by the loss from ℓ^inf and ℓ instead of what `at_step` returns."""
 
-    def scores_message(self) -> type[Message]:
-        """Type of the records on the `scores` stream."""
+    async def start(self) -> None:
+        """Begin, after the learner knows which version it stands at."""
         ...
 
-    def arrived(self, message: Message, seq: int) -> ScoreArrived:
-        """Turn a stored record into staging's event."""
+    async def close(self) -> None: ...
+
+    async def at_step(self, members: Sequence[Scored], version: int) -> OldLogprobs:
+        """Compute old log-probs before the first optimizer step leaves `version`."""
         ...
 
-    def at_step(
-        self, members: Sequence[Scored], backend: Backend, version: int
-    ) -> dict[str, tuple[SequenceScore, ...]]:
-        """Compute old log-probs by ticket id, before the first optimizer step leaves `version`."""
+    async def stepped(self, version: int) -> None:
+        """Take note that the backend's weights are now those of `version`, not yet published."""
         ...
+
+    def save(self, folder: Path) -> None:
+        """Write into a checkpoint what `load` needs to go on identically."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class RouteBase:
+    """A route that carries nothing from step to step."""
+
+    waits_for_scores = False
+    proxy: Proxy | None = None
+
+    def __init__(self, context: RouteContext) -> None:
+        self._context = context
+
+    async def start(self) -> None:
+        return
+
+    async def close(self) -> None:
+        return
+
+    async def stepped(self, version: int) -> None:
+        return
+
+    def save(self, folder: Path) -> None:
+        return
+
+    def load(self, folder: Path) -> None:
+        return
