@@ -104,4 +104,4 @@ async def test_followers_converge(
                 assert f.heads == sorted(f.heads)
                 for version in f.history.versions:
                     assert await f.sha256(version) == run.hashes[version]
-                assert not f.follower.keyframe_wanted
+                await f.until(lambda f=f: not f.follower.keyframe_wanted)
