@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.weights.lineage import Hop, Lineage
@@ -91,6 +91,7 @@ _trees = st.lists(st.integers(0, 10**6), min_size=1, max_size=25).map(
 """Random trees: version i + 1 hangs on an earlier one."""
 
 
+@settings(deadline=None)
 @given(_trees, st.sets(st.integers(0, 25)))
 def test_pruning_keeps_all_paths_between_what_is_kept_and_nothing_superfluous(links, keep) -> None:
     lineage = _tree(*links)
@@ -105,6 +106,7 @@ def test_pruning_keeps_all_paths_between_what_is_kept_and_nothing_superfluous(li
     assert sorted([*dropped.payloads, *lineage.payloads]) == sorted(every)
 
 
+@settings(deadline=None)
 @given(_trees, st.randoms(use_true_random=False))
 def test_a_path_is_the_reverse_of_the_path_back(links, random) -> None:
     lineage = _tree(*links)

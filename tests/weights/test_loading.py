@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.weights import keyframes
@@ -46,6 +46,7 @@ OLD, NEW = random_state(1, SHAPES), random_state(2, SHAPES)
 FILE = keyframes.encode(NEW)
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, len(FILE) + 1), has_past=st.booleans())
 def test_pieces_of_any_size_become_the_version(size: int, has_past: bool) -> None:
     replica, live = holding(OLD) if has_past else (Replica(), {})
@@ -75,6 +76,7 @@ def test_nothing_is_held_while_the_copy_is_written() -> None:
     assert not replica.is_empty
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, len(FILE) + 1), changed=st.sampled_from(["all", "few", "none"]))
 def test_what_is_captured_leads_back_and_forward_again(size: int, changed: str) -> None:
     old = {name: tensor.clone() for name, tensor in (OLD if changed == "all" else NEW).items()}
@@ -99,6 +101,7 @@ def test_what_is_captured_leads_back_and_forward_again(size: int, changed: str) 
     assert bits_of(replica.state) == bits_of(NEW)
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, len(FILE) + 1), fed=st.integers(0, len(FILE)))
 def test_an_abort_takes_back_every_bit(size: int, fed: int) -> None:
     replica, _ = holding(OLD)

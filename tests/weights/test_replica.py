@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.weights import deltas
@@ -272,6 +272,7 @@ def test_an_interrupt_leaves_nothing_rather_than_something_doubtful() -> None:
     assert rig.replica.is_empty
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 1 << 32),
     steps=st.lists(st.sampled_from(["next", "back", "bad"]), max_size=12),
