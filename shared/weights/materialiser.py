@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Set
 from contextlib import aclosing
+from typing import cast
 
 from shared.runtime.bus import Bus
 from shared.runtime.logs import Log
@@ -126,7 +127,8 @@ class Materialiser:
         artefact = step.artefact
         if step.base is None:
             _check_encoding(artefact, keyframes.ENCODING)
-            await self._history.load_keyframe(step.manifest, self._counted(artefact))
+            pieces = cast("AsyncGenerator[bytes, None]", self._counted(artefact))
+            await self._history.load_keyframe(step.manifest, pieces)
             self.keyframes_used.add(artefact.upload_id)
             return
         _check_encoding(artefact, deltas.CODEC)
