@@ -98,6 +98,6 @@ class Purge:
                 continue
             try:
                 await asyncio.to_thread(self._store.delete, place.upload_id)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 # The sweep of orphans takes it later: no record names it any more.
                 self._log.warning("keyframe_not_deleted", upload=place.upload_id, reason=str(error))
