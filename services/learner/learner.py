@@ -242,7 +242,7 @@ class Learner:
                 self._trainer.step, items, version=batch.version, seed=batch.seed
             )
         self.optimizer_steps += outcome.optimizer_steps
-        await self._route.stepped(batch.version + 1)
+        await self._route.stepped(batch.version + 1, outcome.scalars)
         trained_at = time.time()
         published = await self._commit(batch.version + 1)
         self.version = batch.version + 1
@@ -258,6 +258,7 @@ class Learner:
                 old_logprobs_forward_tokens=float(old.cost.forward_tokens),
                 old_logprobs_held_bytes=float(old.cost.held_bytes),
                 fallback_tokens=float(old.fallback_tokens),
+                **old.health,
             )
             report = self._report(batch, members, outcome, published, (started_at, trained_at))
             await self._context.bus.append(

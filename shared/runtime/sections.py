@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from shared.algo.ewma_control import EwmaSettings
 from shared.wire.trajectory import SamplingParams
 
 
@@ -153,6 +154,8 @@ class OldLogprobsSection(Section):
     fallback: Literal["", "current_recompute"] = ""
     """What replaces the old log-probs of a version that is gone for good: tagged and counted.
     Empty: the run fails, naming the version."""
+    ewma: EwmaSettings | None = None
+    """Of the two EWMA routes; null: the route's own defaults."""
     score_timeout_s: float = Field(default=120.0, gt=0)
     """A trajectory unscored for so long, while an oracle lives, counts as failed."""
     shadow: tuple[Literal["current_recompute"], ...] = ("current_recompute",)

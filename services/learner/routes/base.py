@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +36,8 @@ class OldLogprobs:
     cost: RouteCost
     fallback_tokens: int = 0
     """Tokens of an exact route whose version is gone and whose number is the fallback's."""
+    health: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Further scalars of the route, for the step's report."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,11 @@ class OldLogprobRoute(Protocol):
         """Compute old log-probs before the first optimizer step leaves `version`."""
         ...
 
-    async def stepped(self, version: int) -> None:
-        """Take note that the backend's weights are now those of `version`, not yet published."""
+    async def stepped(self, version: int, scalars: Mapping[str, float]) -> None:
+        """Take note that the backend's weights are now those of `version`, not yet published.
+
+        `scalars` are the step's: of its first minibatch, as in `policy_loss`.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -107,7 +112,7 @@ class RouteBase:
     async def close(self) -> None:
         return
 
-    async def stepped(self, version: int) -> None:
+    async def stepped(self, version: int, scalars: Mapping[str, float]) -> None:
         return
 
     def save(self, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from services.learner.routes.anchored import EwmaProx, PpoEwmaAsync
 from services.learner.routes.base import OldLogprobRoute, RouteContext
 from services.learner.routes.current import CurrentRecompute
 from services.learner.routes.interpolated import InterpLinear, InterpLoglinear
@@ -14,6 +15,8 @@ from services.learner.routes.snapshots import SnapshotOld
 ROUTES: Mapping[str, Callable[[RouteContext], OldLogprobRoute]] = {
     "oracle": OracleRoute,
     "snapshot_old": SnapshotOld,
+    "ewma_prox": EwmaProx,
+    "ppo_ewma_async": PpoEwmaAsync,
     "interp_prox_loglinear": InterpLoglinear,
     "interp_prox_linear": InterpLinear,
     "current_recompute": CurrentRecompute,
