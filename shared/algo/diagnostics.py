@@ -58,7 +58,23 @@ def pair_summary(log_r_N: torch.Tensor) -> dict[str, float]:
         "k2": float(k2(log_N).mean()),
         "k3": float(k3(log_N).mean()),
         "chi2": float(bounded_N.square().mean() - 1.0),
+        "ess": float(ess(log_N)),
         "ess_ratio": float(ess(log_N)) / log_N.numel(),
+    }
+
+
+def prob_difference(l_q_N: torch.Tensor, l_p_N: torch.Tensor) -> dict[str, float]:
+    """Return mean, max and signed mean of q - p over loss tokens, as probabilities.
+
+    Where a token is nearly certain its ratio says little and this difference says it all.
+    """
+    if l_q_N.numel() == 0:
+        return {}
+    change_N = torch.exp(l_q_N.detach().double()) - torch.exp(l_p_N.detach().double())
+    return {
+        "abs_prob_diff_mean": float(change_N.abs().mean()),
+        "abs_prob_diff_max": float(change_N.abs().max()),
+        "prob_diff_mean": float(change_N.mean()),
     }
 
 
@@ -77,6 +93,7 @@ def sequence_summary(log_r_N: torch.Tensor, seq_N: torch.Tensor) -> dict[str, fl
     gap_B = -sum_B / count_B
     return {
         "seq_chi2": float(product_B.square().mean() - 1.0),
+        "seq_ess": float(ess(sum_B)),
         "seq_ess_ratio": float(ess(sum_B)) / len(count_B),
         "ppl_gap": float(gap_B.mean()),
         "ppl_ratio": float(torch.exp(gap_B).mean()),
@@ -129,6 +146,7 @@ def staleness(
         "staleness_max": float(ages_N.max()),
         "versions_per_trajectory": float(distinct_B.double().mean()),
         "version_span_max": float((highest_B - lowest_B).max()),
+        "version_span_mean": float((highest_B - lowest_B).double().mean()),
         "mixed_version_ratio": float((distinct_B > 1).double().mean()),
     }
 
@@ -140,6 +158,56 @@ def segments(versions_T: torch.Tensor, m_T: torch.Tensor, positions_T: torch.Ten
     continues_T = mask_T[1:] & mask_T[:-1] & (versions_T[1:] == versions_T[:-1])
     starts_T[1:] &= ~(continues_T & (positions_T[1:] > 0))
     return int(starts_T.sum())
+
+
+def weight_summary(log_d_N: torch.Tensor, weight_N: torch.Tensor) -> dict[str, float]:
+    """Summarise the weights W = w(D) that remain after truncation.
+
+    `truncated_frac` is the share with W != D (IcePop's zeros are rejections and counted there:
+    pass kept tokens only); `eff_sample_ratio` = 1/E[(W/mean W)²] is verl's
+    `rollout_is_eff_sample_size`.
+    """
+    if weight_N.numel() == 0:
+        return {}
+    w_N = weight_N.double()
+    d_N = torch.exp(log_d_N.double().clamp(-SAFETY_BOUND, SAFETY_BOUND))
+    changed_N = (w_N - d_N).abs() > 1e-5 * d_N  # above float32 rounding of exp
+    square = float(w_N.square().mean())
+    return {
+        "truncated_frac": float(changed_N.double().mean()),
+        "eff_sample_ratio": float(w_N.mean()) ** 2 / square if square else 0.0,
+        "weight_max": float(w_N.max()),
+    }
+
+
+def outside(log_s_N: torch.Tensor, *, clip_low: float, clip_high: float) -> torch.Tensor:
+    """Return bool[N]: S outside [1-clip_low, 1+clip_high], whatever the sign of A.
+
+    Its mean at the first minibatch of a step is `clipped_on_arrival`.
+    """
+    s_N = torch.exp(log_s_N.detach().double())
+    return (s_N < 1.0 - clip_low) | (s_N > 1.0 + clip_high)
+
+
+def age_slope(count_A: np.ndarray, sum_A: np.ndarray) -> dict[str, float]:
+    """Return the least-squares slope of a per-age mean in age, weighted by tokens.
+
+    For k3(D) it is 0 when old logits are exact, and positive when something newer stands for
+    them. Empty when fewer than two ages have tokens.
+
+    Args:
+        count_A: tokens by age (`per_age`), summed over as many steps as wanted.
+        sum_A: sums of the value by age.
+    """
+    ages_P = np.nonzero(count_A > 0)[0]
+    if len(ages_P) < 2:
+        return {}
+    weight_P = count_A[ages_P]
+    mean_P = sum_A[ages_P] / weight_P
+    from_center_P = ages_P - np.average(ages_P, weights=weight_P)
+    spread = float((weight_P * from_center_P**2).sum())
+    slope = float((weight_P * from_center_P * mean_P).sum()) / spread
+    return {"slope": slope, "youngest": float(mean_P[0]), "oldest": float(mean_P[-1])}
 
 
 def fractions_by_cause(

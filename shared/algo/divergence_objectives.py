@@ -25,7 +25,7 @@ def binary_tv(l_T: torch.Tensor, l_p_T: torch.Tensor) -> torch.Tensor:
 
 def binary_kl(l_T: torch.Tensor, l_p_T: torch.Tensor) -> torch.Tensor:
     """Return KL(p‖q) = p·log(p/q) + (1-p)·log((1-p)/(1-q)) of the two Bernoulli policies."""
-    p_T, q_T = torch.exp(l_p_T), torch.exp(l_T)
+    p_T, q_T = torch.exp(l_p_T).clamp(max=1.0), torch.exp(l_T).clamp(max=1.0)
     rest_T = torch.log((1.0 - p_T + EPSILON) / (1.0 - q_T + EPSILON))
     return p_T * (l_p_T - l_T) + (1.0 - p_T) * rest_T
 

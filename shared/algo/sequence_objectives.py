@@ -87,8 +87,8 @@ def vespo_weight(
     each_T = log_w_T.detach().clamp(-SAFETY_BOUND, SAFETY_BOUND)
     log_T = sequence_log_ratio(each_T, layout).clamp(math.log(1e-8), SAFETY_BOUND)
     up_T = adv_T >= 0
-    k_T = torch.where(up_T, k_positive, k_negative).to(log_T.dtype)
-    lambda_T = torch.where(up_T, lambda_positive, lambda_negative).to(log_T.dtype)
+    k_T = torch.full_like(log_T, k_negative).masked_fill(up_T, k_positive)
+    lambda_T = torch.full_like(log_T, lambda_negative).masked_fill(up_T, lambda_positive)
     return torch.exp(lambda_T + k_T * log_T - lambda_T * torch.exp(log_T))
 
 

@@ -104,7 +104,7 @@ def sapo(
 
     The gate's slope is 1 at r = 1 and fades on both sides: nothing is cut.
     """
-    tau_T = torch.where(adv_T > 0, tau_positive, tau_negative).to(log_r_T.dtype)
+    tau_T = torch.full_like(log_r_T, tau_negative).masked_fill(adv_T > 0, tau_positive)
     gate_T = torch.sigmoid(tau_T * (ratio(log_r_T) - 1.0)) * (4.0 / tau_T)
     return Terms(-adv_T * gate_T)
 

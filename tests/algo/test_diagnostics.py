@@ -25,6 +25,7 @@ def test_a_pair_by_hand():
         "k2": log2**2 / 3,
         "k3": 0.5 / 3,
         "chi2": 5.25 / 3 - 1,
+        "ess": 3.5**2 / 5.25,
         "ess_ratio": 3.5**2 / 5.25 / 3,
         "std": math.sqrt(5.25 / 3 - (3.5 / 3) ** 2),
     }
@@ -56,6 +57,7 @@ def test_sequences_by_hand():
     log_r = torch.tensor([2.0, 2.0, 0.5], dtype=torch.float64).log()
     summary = diagnostics.sequence_summary(log_r, torch.tensor([7, 7, 9]))
     assert summary["seq_chi2"] == pytest.approx((16 + 0.25) / 2 - 1)
+    assert summary["seq_ess"] == pytest.approx(4.5**2 / 16.25)
     assert summary["seq_ess_ratio"] == pytest.approx(4.5**2 / 16.25 / 2)
     assert summary["ppl_gap"] == pytest.approx((-math.log(2) + math.log(2)) / 2, abs=1e-12)
     assert summary["ppl_ratio"] == pytest.approx((0.5 + 2) / 2)
@@ -82,6 +84,7 @@ def test_staleness_and_mixing_by_hand():
             "staleness_max": 3,
             "versions_per_trajectory": 1.5,
             "version_span_max": 2,
+            "version_span_mean": 1.0,
             "mixed_version_ratio": 0.5,
         }
     )
@@ -122,9 +125,47 @@ def test_a_scatter_sample_is_bounded_spread_and_repeatable():
     assert diagnostics.scatter_sample(values[:3], values[:3], values[:3], size=5).shape == (3, 3)
 
 
+def test_probability_differences_by_hand():
+    q, p = torch.tensor([0.5, 0.1]).double().log(), torch.tensor([0.2, 0.2]).double().log()
+    assert diagnostics.prob_difference(q, p) == pytest.approx(
+        {"abs_prob_diff_mean": 0.2, "abs_prob_diff_max": 0.3, "prob_diff_mean": 0.1}
+    )
+
+
+def test_weights_by_hand():
+    d = torch.tensor([1.0, 2.0, 8.0], dtype=torch.float64)
+    assert diagnostics.weight_summary(d.log(), d.clamp(max=2.0)) == pytest.approx(
+        {"truncated_frac": 1 / 3, "eff_sample_ratio": (5 / 3) ** 2 / (9 / 3), "weight_max": 2.0}
+    )
+    low = d.float().log()
+    assert diagnostics.weight_summary(low, low.exp())["truncated_frac"] == 0
+    assert diagnostics.weight_summary(d.log(), 0 * d)["eff_sample_ratio"] == 0
+
+
+def test_outside_the_clip_counts_both_sides_and_no_boundary():
+    s = torch.tensor([0.79, 0.81, 1.0, 1.27, 1.29], dtype=torch.float64)
+    hit = diagnostics.outside(s.log(), clip_low=0.2, clip_high=0.28)
+    assert hit.tolist() == [True, False, False, False, True]
+
+
+@given(st.floats(-2, 2), st.floats(0, 3), st.lists(st.integers(0, 9), min_size=2, max_size=9))
+def test_the_slope_of_a_line_over_age_is_found_whatever_the_counts(
+    slope: float, base: float, counts: list[int]
+):
+    count = np.array(counts, dtype=np.float64)
+    total = count * (base + slope * np.arange(len(counts)))
+    found = diagnostics.age_slope(count, total)
+    if (count > 0).sum() < 2:
+        assert found == {}
+    else:
+        assert found["slope"] == pytest.approx(slope, abs=1e-9)
+
+
 def test_no_tokens_have_no_summary():
     none = torch.zeros(0)
     assert diagnostics.pair_summary(none) == {}
     assert diagnostics.sequence_summary(none, none.long()) == {}
+    assert diagnostics.prob_difference(none, none) == {}
+    assert diagnostics.weight_summary(none, none) == {}
     assert diagnostics.staleness(none.long(), none.long(), version_now=0) == {}
     assert diagnostics.fractions_by_cause({}, {}, none) == {}
