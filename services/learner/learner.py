@@ -147,7 +147,7 @@ class Learner:
         while (batch := state.batches.get(self.version)) is not None:
             self._previous = {n: t.clone() for n, t in self._backend.state().items()}
             await self._execute(batch, await self._recovery.members(batch), replay=True)
-        self._previous = {n: t.clone() for n, t in self._backend.state().items()}
+        await self._publication.hold()
         await check_own_publication(
             self._context.bus, self._backend, self._context, self._config.weights
         )

@@ -66,6 +66,15 @@ class Publication:
         """Read the head of the manifest log: what the next version is appended to."""
         await self._publisher.start()
 
+    async def hold(self) -> None:
+        """Give the publisher the head's bytes, as keyframes and the next delta need them.
+
+        Without them a follower that has lost its way would wait for the next version.
+        """
+        manifest = self._publisher.head
+        if manifest is not None and not self._publisher.holds:
+            await self._publisher.hold({n: t.clone() for n, t in self._backend.state().items()})
+
     async def commit(
         self, version: int, *, epoch: int, optimizer_steps: int, previous: dict[str, torch.Tensor]
     ) -> Published | Manifest:

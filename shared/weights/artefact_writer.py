@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
 from shared.runtime.bus import Bus
 from shared.runtime.errors import BusUnavailable
 from shared.weights import deltas, keyframes
-from shared.weights.chunks import Uploaded, upload
+from shared.weights.chunks import upload
 from shared.weights.deltas import DeltaWriter
 from shared.weights.digests import num_bytes
 from shared.weights.keyframe_store import KeyframeStore, put_keyframe
@@ -26,6 +28,8 @@ class ArtefactWriter:
         self._chunk_bytes = chunk_bytes
         self.first_seqs: dict[str, int] = {}
         """upload id -> sequence of its first chunk."""
+        self.in_flight: set[str] = set()
+        """Upload ids that no record names yet because they are on their way."""
 
     async def delta(self, upload_id: str, writer: DeltaWriter, size: int) -> Artefact:
         """Store a delta between states of `size` bytes; the writer's `tensors` are known then.
@@ -34,15 +38,7 @@ class ArtefactWriter:
             BusError: the bus refused or did not answer.
         """
         pieces = _at_once(writer.pieces(), size)
-        uploaded = await upload(
-            self._bus,
-            "delta",
-            pieces,
-            upload_id=upload_id,
-            encoding=deltas.CODEC,
-            chunk_bytes=self._chunk_bytes,
-        )
-        return self._noted(uploaded)
+        return await self._upload("delta", pieces, upload_id, deltas.CODEC)
 
     async def keyframe(self, upload_id: str, state: Mapping[str, torch.Tensor]) -> Artefact:
         """Store a state in full.
@@ -53,22 +49,39 @@ class ArtefactWriter:
         pieces = keyframes.SafetensorsPieces(state)
         if self._store is not None:
             try:
-                return await put_keyframe(self._store, upload_id, pieces)
+                with self._flying(upload_id):
+                    return await put_keyframe(self._store, upload_id, pieces)
             except OSError as error:
                 raise BusUnavailable(f"weights.keyframe_store: {error}") from error
-        uploaded = await upload(
-            self._bus,
-            "keyframe",
-            _at_once(pieces, num_bytes(state)),
-            upload_id=upload_id,
-            encoding=keyframes.ENCODING,
-            chunk_bytes=self._chunk_bytes,
-        )
-        return self._noted(uploaded)
+        whole = _at_once(pieces, num_bytes(state))
+        return await self._upload("keyframe", whole, upload_id, keyframes.ENCODING)
 
-    def _noted(self, uploaded: Uploaded) -> Artefact:
-        self.first_seqs[uploaded.artefact.upload_id] = uploaded.first_seq
+    async def _upload(
+        self,
+        kind: Literal["delta", "keyframe"],
+        pieces: Iterable[bytes],
+        upload_id: str,
+        encoding: str,
+    ) -> Artefact:
+        with self._flying(upload_id):
+            uploaded = await upload(
+                self._bus,
+                kind,
+                pieces,
+                upload_id=upload_id,
+                encoding=encoding,
+                chunk_bytes=self._chunk_bytes,
+            )
+        self.first_seqs[upload_id] = uploaded.first_seq
         return uploaded.artefact
+
+    @contextmanager
+    def _flying(self, upload_id: str) -> Generator[None]:
+        self.in_flight.add(upload_id)
+        try:
+            yield
+        finally:
+            self.in_flight.discard(upload_id)
 
 
 def _at_once(pieces: Iterable[bytes], size: int) -> Iterable[bytes]:

@@ -25,15 +25,18 @@ def num_threads(section: WeightsSection) -> int:
     return min(MAX_THREADS, cores or 1)
 
 
-def make_store(section: WeightsSection) -> KeyframeStore | None:
+def make_store(section: WeightsSection, bus: Bus) -> KeyframeStore | None:
     """Return the configured keyframe store, None when keyframes travel on the bus.
+
+    Each run has a folder of its own there: one run must not sweep another's keyframes.
 
     Raises:
         ValueError: fsspec does not know the URL's protocol, or its package is not installed.
     """
     if not section.keyframe_store:
         return None
-    return KeyframeStore(section.keyframe_store, section.keyframe_store_options)
+    url = f"{section.keyframe_store.rstrip('/')}/{bus.subjects.run}"
+    return KeyframeStore(url, section.keyframe_store_options)
 
 
 def make_history(section: WeightsSection, *, keep_past: bool) -> WeightHistory:
@@ -56,8 +59,9 @@ def make_follower(
     return Follower(
         bus,
         history,
-        store=make_store(section),
+        store=make_store(section, bus),
         log=log,
+        spool_bytes=section.spool_bytes,
         chunk_timeout_s=chunk_timeout_s,
         retry_s=retry_s,
     )
@@ -73,7 +77,7 @@ def make_publisher(
         producer=producer,
         keyframe_every=section.keyframe_every,
         chunk_bytes=section.chunk_bytes,
-        store=make_store(section),
+        store=make_store(section, bus),
         threads=num_threads(section),
         log=log,
     )

@@ -52,6 +52,7 @@ _SAMPLE = 4096
 _WORTH = 0.9
 """What zstd does not take below this share is stored raw: that is cheaper on both sides."""
 
+
 class BlockWriter:
     """Writes the records of one delta; `block` may be called from several threads.
 

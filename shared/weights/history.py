@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
+from shared.weights.cutting import Piece
 from shared.weights.digests import sha256_of, specs_bytes
 from shared.weights.errors import MissingVersion, WeightsError, WrongBase
 from shared.weights.holdings import Holdings
@@ -106,11 +107,11 @@ class WeightHistory:
             yield self._replica.state
 
     async def apply_delta(self, manifest: Manifest, base: int, spool: Spool) -> None:
-        """Take in a version by its delta from `base`; nothing happens when it is held already.
+        """Take in a version by a delta from `base`; nothing happens when it is held already.
 
         Args:
             manifest: of the version.
-            base: version that the delta applies to.
+            base: version that the delta applies to, or the one it leads to: then it is taken back.
             spool: the delta; belongs to the history from now on, whatever happens.
 
         Raises:
@@ -130,7 +131,7 @@ class WeightHistory:
             if link is None or not self._holdings.owns(link):
                 spool.close()
 
-    async def load_keyframe(self, manifest: Manifest, pieces: AsyncIterator[bytes]) -> None:
+    async def load_keyframe(self, manifest: Manifest, pieces: AsyncIterator[Piece]) -> None:
         """Take in a version in full; nothing happens when it is held already.
 
         Over held versions it becomes one more link. Without `keep_past` it replaces what is held:
@@ -251,12 +252,13 @@ class WeightHistory:
     async def _extend(self, manifest: Manifest, base: int, link: Link) -> None:
         """Move to `base` and from there along a new link."""
         held = self._holdings.manifest(base).digest
-        if link.reader.base != held:
+        reverse = link.reader.target == held and link.reader.base == manifest.digest
+        if not reverse and link.reader.base != held:
             raise WrongBase(f"version {base}", link.reader.base, held)
         await self._move(base)
-        done = await self._apply(link, manifest, manifest.sha256)
+        done = await self._apply(link, manifest, manifest.sha256, reverse=reverse)
         if done.error is None:
-            self._holdings.arrive(manifest, link if self._keep_past else None)
+            self._holdings.arrive(manifest, link if self._keep_past else None, reverse=reverse)
         elif self._replica.is_empty:
             self._doubt()
         done.result()
@@ -271,7 +273,7 @@ class WeightHistory:
             ),
         )
 
-    async def _load(self, manifest: Manifest, pieces: AsyncIterator[bytes]) -> None:
+    async def _load(self, manifest: Manifest, pieces: AsyncIterator[Piece]) -> None:
         size = specs_bytes(manifest.tensors)
         capture: Spool | None = None
         if self._keep_past and not self._replica.is_empty:

@@ -83,13 +83,17 @@ class Holdings:
         """Return the link that has been here longest and takes memory."""
         return next((x for x in self._lineage.payloads if x.spool.bytes_in_memory), None)
 
-    def arrive(self, manifest: Manifest, link: Link | None) -> None:
-        """The copy came to a new version, along `link`. None: nothing else can be reached now."""
+    def arrive(self, manifest: Manifest, link: Link | None, *, reverse: bool = False) -> None:
+        """The copy came to a new version, along `link`. None: nothing else can be reached now.
+
+        `reverse`: the link leads from the new version to the position.
+        """
         version = manifest.version
         self._lineage.add(version)
         self._manifests[version] = manifest
         if link is not None:
-            self._lineage.link(self.position, version, link)
+            ends = (version, self.position) if reverse else (self.position, version)
+            self._lineage.link(*ends, link)
         self.position = version
         self._forget(self._lineage.keep_tree_of(version))
 

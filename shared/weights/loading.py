@@ -10,6 +10,7 @@ import torch
 from shared.weights import deltas
 from shared.weights.bits import Bits, dtype_of, to_bits
 from shared.weights.blocks import BlockWriter, spans
+from shared.weights.cutting import Piece
 from shared.weights.delta_writer import check_same_tensors
 from shared.weights.deltas import DeltaReader
 from shared.weights.digests import MASK, sha256_of, specs_bytes, to_hex, version_digest
@@ -59,7 +60,7 @@ class Load:
         self._gains: dict[str, int] = {}
         """What the digests gain by it, as captured."""
 
-    def feed(self, data: bytes | memoryview) -> None:
+    def feed(self, data: Piece) -> None:
         """Take the next piece.
 
         Raises:

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Set
 from contextlib import aclosing
-from typing import cast
 
 from shared.runtime.bus import Bus
 from shared.runtime.logs import Log
@@ -21,9 +20,6 @@ from shared.weights.quarantine import Quarantine
 from shared.weights.route import Step, reachable, route
 from shared.weights.spool import Spool
 from shared.wire.weights import Artefact
-
-BOTH_WAYS = False
-"""Whether the history takes a delta in from its target to its base."""
 
 
 class Materialiser:
@@ -85,9 +81,7 @@ class Materialiser:
     def reachable(self, also_held: Set[int] = frozenset()) -> frozenset[int]:
         """Return the versions that a way is open to, supposing that `also_held` were held."""
         held = {*self._history.versions, *also_held}
-        return reachable(
-            self._tail.manifests, held, self._closed, self._tail.keyframes, both_ways=BOTH_WAYS
-        )
+        return reachable(self._tail.manifests, held, self._closed, self._tail.keyframes)
 
     def resync(self, version: int, what: str, reason: str) -> None:
         """Count and log something that cannot be used."""
@@ -100,9 +94,7 @@ class Materialiser:
         An artefact that fails goes into `broken` and into quarantine.
         """
         held = frozenset(self._history.versions)
-        steps = route(
-            self._tail.manifests, held, target, broken, self._tail.keyframes, both_ways=BOTH_WAYS
-        )
+        steps = route(self._tail.manifests, held, target, broken, self._tail.keyframes)
         if steps is None:
             return False
         for step in steps:
@@ -127,8 +119,7 @@ class Materialiser:
         artefact = step.artefact
         if step.base is None:
             _check_encoding(artefact, keyframes.ENCODING)
-            pieces = cast("AsyncGenerator[bytes, None]", self._counted(artefact))
-            await self._history.load_keyframe(step.manifest, pieces)
+            await self._history.load_keyframe(step.manifest, self._counted(artefact))
             self.keyframes_used.add(artefact.upload_id)
             return
         _check_encoding(artefact, deltas.CODEC)

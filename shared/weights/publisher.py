@@ -115,6 +115,11 @@ class Publisher:
             self._published.newest_keyframe + self._keyframe_every
         )
 
+    @property
+    def holds(self) -> bool:
+        """Whether the head's bytes are here: see `hold`."""
+        return self._base is not None
+
     async def start(self) -> Manifest | None:
         """Read the log; its head is what the next version is appended to.
 
@@ -174,7 +179,7 @@ class Publisher:
         """
         assert self._started, "call start() first"
         async with self._lock:
-            started, started_at = time.perf_counter(), self._clock()
+            started = time.perf_counter()
             if self._base is None and previous_state is not None:
                 await self._hold(previous_state)
             upload_id = uuid.uuid4().hex
@@ -183,6 +188,7 @@ class Publisher:
             stored = await store_version(
                 self._artefacts, upload_id, state, self._base, threads=self._threads
             )
+            uploaded_at = self._clock()
             manifest = Manifest(
                 version=0 if head is None else head.manifest.version + 1,
                 parent=None if head is None else head.manifest.version,
@@ -199,7 +205,7 @@ class Publisher:
                 published_at=self._clock(),
                 producer=self._producer,
             )
-            refuse_if_late(self._clock() - started_at, f"version {manifest.version}")
+            refuse_if_late(self._clock() - uploaded_at, f"version {manifest.version}")
             entry = await append_manifest(self._bus, manifest, after=head, own_ids=self._own_ids)
             self._head = entry
             self._published.note_manifest(entry.seq, entry.manifest)
@@ -232,10 +238,10 @@ class Publisher:
             base, head = self._base, self.head
             if base is None or head is None:
                 return None
-            started, started_at = time.perf_counter(), self._clock()
+            started = time.perf_counter()
             sha256 = await crunch(base.num_bytes, lambda: base.check(head))
             artefact = await self._artefacts.keyframe(f"{uuid.uuid4().hex}-k", base.state)
-            refuse_if_late(self._clock() - started_at, f"keyframe of version {head.version}")
+            uploaded_at = self._clock()
             keyframe = Keyframe(
                 version=head.version,
                 artefact=artefact,
@@ -244,6 +250,7 @@ class Publisher:
                 published_at=self._clock(),
                 producer=self._producer,
             )
+            refuse_if_late(self._clock() - uploaded_at, f"keyframe of version {head.version}")
             await self._bus.append(
                 self._bus.subjects.keyframe, encode(keyframe), msg_id=artefact.upload_id
             )
@@ -278,7 +285,11 @@ class Publisher:
         older_than = self._clock() - min_age_s
         try:
             orphans = await sweep_orphans(
-                self._bus, self._store, named=named, older_than=older_than
+                self._bus,
+                self._store,
+                # An object store may date a slow upload by its beginning.
+                named=None if named is None else {*named, *self._artefacts.in_flight},
+                older_than=older_than,
             )
         except OSError as error:
             raise BusUnavailable(f"weights.keyframe_store: {error}") from error

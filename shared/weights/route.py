@@ -28,8 +28,6 @@ def route(
     target: int,
     broken: Container[str] = (),
     keyframes: Mapping[int, Sequence[Keyframe]] | None = None,
-    *,
-    both_ways: bool = True,
 ) -> list[Step] | None:
     """Return the steps with the fewest bytes to `target`, or None when there is no way.
 
@@ -43,7 +41,6 @@ def route(
         target: the version wanted; held already gives no steps.
         broken: upload ids not to be used.
         keyframes: records by version; those whose digest is not the manifest's are ignored.
-        both_ways: take deltas back, too.
     """
     order = count()
     chain: dict[int, tuple[Step, int] | None] = {}
@@ -59,7 +56,7 @@ def route(
         chain[version] = onward
         if version in held:
             return _from(version, chain)
-        for step in _into(manifests, version, broken, keyframes or {}, both_ways):
+        for step in _into(manifests, version, broken, keyframes or {}):
             total = num_bytes + step.artefact.num_bytes
             if step.base is None:
                 heapq.heappush(frontier, (total, next(order), version, step, None))
@@ -73,14 +70,12 @@ def reachable(
     held: Container[int],
     broken: Container[str] = (),
     keyframes: Mapping[int, Sequence[Keyframe]] | None = None,
-    *,
-    both_ways: bool = True,
 ) -> frozenset[int]:
     """Return all versions that `route` finds a way to, among those with a manifest."""
     onward: dict[int, list[int]] = {}
     ahead: list[int] = []
     for version in manifests:
-        steps = list(_into(manifests, version, broken, keyframes or {}, both_ways))
+        steps = list(_into(manifests, version, broken, keyframes or {}))
         if version in held or any(s.base is None or s.base in held for s in steps):
             ahead.append(version)
         for step in steps:
@@ -111,7 +106,6 @@ def _into(
     version: int,
     broken: Container[str],
     keyframes: Mapping[int, Sequence[Keyframe]],
-    both_ways: bool,
 ) -> Iterator[Step]:
     """Yield every usable step that ends at `version`, the likeliest to be intact first."""
     manifest = manifests.get(version)
@@ -122,7 +116,7 @@ def _into(
     if parent is not None and parent < version and forth and forth.upload_id not in broken:
         yield Step(manifest, forth, parent)
     back = child.delta if child is not None and child.parent == version else None
-    if both_ways and back is not None and back.upload_id not in broken:
+    if back is not None and back.upload_id not in broken:
         yield Step(manifest, back, version + 1, reverse=True)
     for record in reversed(keyframes.get(version, ())):
         if record.digest == manifest.digest and record.artefact.upload_id not in broken:

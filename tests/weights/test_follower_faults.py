@@ -40,6 +40,30 @@ async def test_a_damaged_delta_leaves_the_held_weights_and_heals_at_the_keyframe
         await f.until(lambda: not f.follower.keyframe_wanted)
 
 
+async def test_versions_behind_a_lost_delta_are_reached_backwards_from_a_keyframe(
+    run_of, following, faults
+) -> None:
+    p = await run_of(2)
+    async with following("oldest_needed") as f:
+        await f.until_head(1)
+
+        def damage(manifest: Manifest) -> Manifest:
+            faults.damage(manifest.delta, "missing")
+            return manifest
+
+        with faults.tamper(damage):
+            await p.more(1)
+        await p.more(1)
+        await f.until(lambda: f.follower.keyframe_wanted)
+        assert f.versions == [0, 1]
+        assert await p.publisher.publish_keyframe(reason="wanted") is not None
+        await f.until_head(3)
+        await f.until(lambda: len(f.versions) == 4)
+        assert not f.follower.keyframe_wanted
+        for version in range(4):
+            assert await f.sha256(version) == p.manifests[version].sha256
+
+
 @pytest.mark.parametrize("start", ["newest", "oldest_needed"])
 async def test_a_follower_without_a_way_asks_for_a_keyframe_and_heals_with_it(
     run_of, following, faults, start: str

@@ -44,7 +44,9 @@ async def test_a_chain_of_200_versions_is_exact_forward_backward_and_in_any_orde
 
 _steps = st.lists(
     st.tuples(
-        st.sampled_from(["delta", "delta", "delta", "keyframe", "at", "evict", "bad", "clear"]),
+        st.sampled_from(
+            ["delta", "delta", "delta", "back", "keyframe", "at", "evict", "bad", "clear"]
+        ),
         st.integers(0, 14),
     ),
     max_size=40,
@@ -70,6 +72,14 @@ async def _walk(chain: Chain, steps: list[tuple[str, int]], keep_past: bool) -> 
             else:
                 assert held & {version, version - 1} or (held and keep_past)  # a way-point
                 held = held | {version} if keep_past else {version}
+        elif step == "back" and version:
+            before = chain.manifests[version - 1]
+            try:
+                await history.apply_delta(before, version, chain.spool(version))
+            except MissingVersion:
+                assert version not in held
+            else:
+                held = held | {version - 1} if keep_past else {version - 1}
         elif step == "keyframe":
             await history.load_keyframe(chain.manifests[version], chain.keyframe(version))
             held = held | {version} if keep_past else {version}
@@ -216,6 +226,16 @@ async def test_a_way_point_can_be_asked_for_again() -> None:
     history.evict_below(3)
     await chain.apply(history, 2)  # still there, between the copy and 3
     await history.load_keyframe(chain.manifests[1], chain.keyframe(1))
+    await chain.must_hold(history, 1, 2, 3)
+
+
+async def test_a_version_that_was_evicted_can_be_taken_in_again() -> None:
+    chain = Chain(4)
+    history = await chain.history(4)
+    history.evict_below(3)
+    await chain.must_hold(history, 3)
+    await history.load_keyframe(chain.manifests[1], chain.keyframe(1))
+    await chain.apply(history, 2)
     await chain.must_hold(history, 1, 2, 3)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from shared.weights import settled
 from shared.weights.errors import MissingVersion
+from shared.weights.loading import Load
 from shared.weights.spool import Spool
 from tests.weights.chains import (
     Chain,
@@ -122,6 +123,7 @@ class GatedSpool(Spool):
         self.num_free_reads = 0
         self.gate: threading.Event | None = None
         self.is_reached = threading.Event()
+        self.error: Exception | None = None
 
     def read(self, offset: int, num_bytes: int) -> memoryview:
         if self.gate is not None:
@@ -129,6 +131,8 @@ class GatedSpool(Spool):
         if self.gate is not None and self.num_free_reads < 0:
             self.is_reached.set()
             assert self.gate.wait(10)
+            if self.error is not None:
+                raise self.error
         return super().read(offset, num_bytes)
 
 
@@ -204,6 +208,46 @@ async def test_a_delta_whose_taking_in_is_cancelled_is_held_or_closed(num_reads:
         await chain.apply(history, 2)
         await chain.apply(history, 3)
         await chain.must_hold(history, 0, 1, 2, 3)
+
+
+async def test_a_cancelled_move_along_a_bad_delta_still_gives_it_up() -> None:
+    chain, gated = Chain(3), GatedSpool()
+    with _threads():
+        history = await chain.history(2)
+        await chain.apply(history, 2, chain.spool(2, gated))
+        gated.gate, gated.error = threading.Event(), OSError("Input/output error")
+
+        async def go() -> None:
+            async with history.at(1):
+                pytest.fail("there is no way there")
+
+        await _cancel_halfway(asyncio.create_task(go()), gated)
+        assert history.faults == 1
+        await chain.must_hold(history, 2)
+
+
+async def test_a_keyframe_that_is_cancelled_at_its_very_end_is_held() -> None:
+    chain = Chain(9)
+    with _threads():
+        history = await chain.history(3)
+        gate, is_reached = threading.Event(), threading.Event()
+        finish = Load.finish
+
+        def gated_finish(load: Load) -> bool:
+            is_reached.set()
+            assert gate.wait(10)
+            return finish(load)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Load, "finish", gated_finish)
+            task = asyncio.create_task(history.load_keyframe(chain.manifests[8], chain.keyframe(8)))
+            await asyncio.to_thread(is_reached.wait, 10)
+            task.cancel()
+            await soon()
+            gate.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await chain.must_hold(history, 0, 1, 2, 8)
 
 
 async def test_a_keyframe_that_is_cancelled_is_taken_back() -> None:

@@ -57,8 +57,6 @@ def test_pieces_of_any_size_become_the_version(size: int, has_past: bool) -> Non
     assert not load.finish()
     assert bits_of(replica.state) == bits_of(NEW)
     assert replica.tensors == specs(NEW)
-    load.abort()  # over: there is nothing to take back
-    assert replica.digest == version_digest(specs(NEW))
     if has_past:
         assert all(replica.state[n].data_ptr() == live[n].data_ptr() for n in live)
 
@@ -89,6 +87,7 @@ def test_what_is_captured_leads_back_and_forward_again(size: int, changed: str) 
     for piece in cut(FILE, size):
         load.feed(piece)
     assert load.finish()
+    load.abort()  # over: nothing is taken back
     reader = DeltaReader(spool)
     assert (reader.base, reader.target) == (
         version_digest(specs(old)),

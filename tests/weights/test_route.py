@@ -69,12 +69,6 @@ def test_a_delta_is_taken_back_where_that_is_cheaper_or_the_only_way(manifests) 
     assert _names(route(manifests, {2, 5}, 3, {"d3", "k4"})) == ["-d5", "-d4"]
 
 
-def test_forwards_only_when_asked_so(manifests) -> None:
-    assert _names(route(manifests, {5}, 3, both_ways=False)) == ["k0", "d1", "d2", "d3"]
-    assert reachable(manifests, {5}, {"k0", "k4", "k8"}, both_ways=False) == {5, 6, 7, 8, 9}
-    assert reachable(manifests, {5}, {"k0", "k4", "k8"}) == set(range(10))
-
-
 def test_every_step_starts_where_the_one_before_ended(manifests) -> None:
     steps = route(manifests, {9}, 5)
     assert steps is not None
