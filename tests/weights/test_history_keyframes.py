@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 
 import pytest
 
+from shared.weights import history as history_module
 from shared.weights.errors import ChunkGone, Corrupt
+from shared.weights.spool import Spool
 from tests.weights.chains import (
     Chain,
     flip,
@@ -108,3 +111,23 @@ async def test_pieces_are_closed_even_when_they_are_not_needed() -> None:
     pieces = chain.keyframe(1)
     await history.load_keyframe(chain.manifests[1], pieces)
     assert [piece async for piece in pieces] == []
+
+
+@pytest.mark.parametrize("good", [True, False])
+async def test_the_capture_is_kept_as_a_link_or_closed(
+    good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain(9)
+    captures: list[Spool] = []
+
+    def new_spool(memory_bytes: int) -> Spool:
+        captures.append(Spool(memory_bytes))
+        return captures[-1]
+
+    monkeypatch.setattr(history_module, "Spool", new_spool)
+    history = await chain.history(3)
+    assert not captures
+    with nullcontext() if good else pytest.raises(Corrupt):
+        await history.load_keyframe(chain.manifests[8], chain.keyframe(8 if good else 7))
+    assert [spool.size > 0 for spool in captures] == [good]
+    await chain.must_hold(history, 0, 1, 2, *([8] if good else []))
