@@ -129,6 +129,13 @@ def test_with_four_equal_policies_the_loss_is_minus_a():
     assert terms.loss_T.tolist() == [-2.0, 3.0]
 
 
+def test_only_the_current_policy_is_differentiated():
+    now, prox, old, inf = (torch.tensor([x], requires_grad=True) for x in (-1.0, -1.1, -1.2, -1.3))
+    four_policy(split_four(now, prox, old, inf, everywhere(now)), torch.ones(1)).loss_T.backward()
+    assert now.grad is not None
+    assert [x.grad for x in (prox, old, inf)] == [None, None, None]
+
+
 def test_tokens_without_a_finite_log_prob_are_neutral_and_named():
     nan, mask = float("nan"), torch.tensor([True, True, False])
     now = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)

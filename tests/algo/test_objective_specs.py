@@ -103,6 +103,17 @@ def test_anchored_on_the_sampler_an_objective_ignores_the_old_logits(first: floa
         assert losses[0].loss_T.item() == losses[1].loss_T.item()
 
 
+@pytest.mark.parametrize("kind", OBJECTIVE_SPECS)
+def test_only_the_current_policy_is_differentiated(kind: str):
+    layout = Layout(torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64), 1)
+    values = (-1.0, -1.01, -1.02, 1.0, 1.0)
+    now, *others = (torch.tensor([x], requires_grad=True) for x in values)
+    given = Tokens.of(now, *others, layout, torch.ones(1))
+    objective_terms(given, objective_from({"kind": kind})).loss_T.sum().backward()
+    assert now.grad is not None
+    assert [x.grad for x in others] == [None] * 4
+
+
 def test_a_missing_score_is_an_error():
     layout = Layout(torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64), 1)
     one = torch.ones(1)
