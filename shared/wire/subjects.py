@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 StreamName = Literal[
-    "tickets", "terminals", "scores", "journal", "manifests", "chunks", "blobs", "stats", "dead"
-]
+    "tickets", "terminals", "scores", "partials", "journal", "manifests", "chunks", "blobs",
+    "stats", "dead",
+]  # fmt: skip
 
 _RUN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
@@ -29,6 +30,7 @@ STREAMS: tuple[StreamSpec, ...] = (
     StreamSpec("tickets", "ticket.*", "workqueue", "episodes nobody has finished yet"),
     StreamSpec("terminals", "terminal.*", "limits", "one outcome per ticket"),
     StreamSpec("scores", "score.*", "limits", "old log-probs per terminal"),
+    StreamSpec("partials", "partial.*.*", "limits", "episodes in progress at a fence; scores"),
     StreamSpec("journal", "journal", "limits", "the learner's decisions, single writer"),
     StreamSpec("manifests", "manifest.*", "limits", "published versions; the append is the fence"),
     StreamSpec("chunks", "chunk.*.*", "limits", "bytes of keyframes and deltas"),
@@ -75,6 +77,12 @@ class Subjects:
     def score(self, ticket_id: str) -> str:
         return f"{self.prefix}.score.{_token(ticket_id)}"
 
+    def partial(self, ticket_id: str) -> str:
+        return f"{self.prefix}.partial.tokens.{_token(ticket_id)}"
+
+    def partial_scores(self, version: int) -> str:
+        return f"{self.prefix}.partial.scores.{version}"
+
     @property
     def journal(self) -> str:
         return f"{self.prefix}.journal"
@@ -107,6 +115,11 @@ class Subjects:
 
     def cancel(self, pod: str) -> str:
         return f"{self.prefix}.cancel.{_token(pod)}"
+
+    @property
+    def control(self) -> str:
+        """Core copy of the control document, so that nobody has to wait for the next poll."""
+        return f"{self.prefix}.control"
 
     def lease(self, role: str, pod: str) -> str:
         return f"{self.prefix}.lease.{_token(role)}.{_token(pod)}"

@@ -106,14 +106,19 @@ class Keyframe(Message):
 
 
 class Control(Message):
-    """Learner -> everyone: the run's polled control document (latest value wins)."""
+    """Learner -> everyone: the run's polled control document (latest value wins).
 
-    subject: ClassVar[str] = "(bucket control, key control)"
+    At a fence also sent as a core message; what counts is the bucket.
+    """
+
+    subject: ClassVar[str] = "(bucket control, key control) | control"
 
     phase: Literal["running", "draining", "done"]
     head_version: int
     oldest_needed: int
     """Low-water mark: no untrained token or retained checkpoint references an older version."""
     generation: int = 0
-    """Fence of the interrupt route: env_agents acknowledge each new value."""
+    """Fence of the interrupt route: env_agents acknowledge each new value, which only grows."""
+    min_version: int = 0
+    """From this generation on no token may be sampled below it."""
     updated_at: float

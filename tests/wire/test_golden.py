@@ -17,6 +17,7 @@ import shared.wire
 from shared.wire.base import Array, Message
 from shared.wire.codec import content_digest, decode, encode
 from shared.wire.errors import ForeignMajor, Malformed, Oversized, UnexpectedType
+from shared.wire.fencing import PartialScores, PartialTrajectory, TokenScores
 from shared.wire.journal import (
     Batch,
     Disposed,
@@ -129,6 +130,22 @@ SAMPLES: dict[str, Message] = {
         ),
         layout=Layout(backend="torch", dtype="float32", kind="packed", num_threads=1),
         producer="oracle-1", forward_tokens=7, compute_s=0.125,
+    ),
+    "partial_trajectory": PartialTrajectory(
+        ticket_id="t-1", attempt_id="env-1-a", generation=4, producer="env-1", incarnation="i",
+        sequences=TRAJECTORY.sequences,
+    ),
+    "partial_scores": PartialScores(
+        version=3, digest="v3",
+        scores=(
+            TokenScores(
+                ticket_id="t-1", attempt_id="env-1-a", sequence=0,
+                positions=Array.of([1], "i4"), old_logprobs=Array.of([-0.5], "f8"),
+                prefix_digest="d" * 32,
+            ),
+        ),
+        layout=Layout(backend="torch", dtype="float64", kind="packed", num_threads=1),
+        producer="learner-0",
     ),
     "sample_request": SampleRequest(
         request_id="r-1", ticket_id="t-1", token_ids=I4, sampling=SAMPLING, max_new_tokens=8,
