@@ -103,7 +103,8 @@ class WeightHistory:
             if version not in self.versions:
                 raise MissingVersion(version, self.versions)
             await self._move(version)
-            assert self._replica.digest == self._holdings.manifest(version).digest
+            assert self._holdings.position == version
+            assert self._holdings.digest == self._replica.digest
             yield self._replica.state
 
     async def apply_delta(self, manifest: Manifest, base: int, spool: Spool) -> None:
@@ -201,12 +202,7 @@ class WeightHistory:
 
     def _tidy(self) -> None:
         """Give back what nobody needs, or everything when the copy is not what it should be."""
-        position = self._holdings.position
-        if (
-            self._cleared
-            or position < 0
-            or self._replica.digest != self._holdings.manifest(position).digest
-        ):
+        if self._cleared or self._replica.digest != self._holdings.digest:
             self._holdings.clear()
             self._replica.take()
             self._cleared = False
@@ -277,14 +273,15 @@ class WeightHistory:
         size = specs_bytes(manifest.tensors)
         capture: Spool | None = None
         if self._keep_past and not self._replica.is_empty:
-            capture = Spool(self._spool_bytes)
+            # What is left of the memory that deltas may take.
+            capture = Spool(max(0, self._spool_bytes - self._holdings.bytes_in_memory))
         link: Link | None = None
         try:
             load = Load(self._replica, manifest, capture)
             try:
                 async for piece in pieces:
                     (await settled(size, partial(load.feed, piece))).result()
-                done = await settled(size, partial(_finish, load, capture))
+                done = await settled(size, load.finish)
                 if done.error is None:
                     link = done.value
                     self.faults += capture is not None and link is None
@@ -303,9 +300,3 @@ class WeightHistory:
             link = self._holdings.oldest_in_memory()
             assert link is not None
             (await settled(link.spool.size, link.spill)).result()
-
-
-def _finish(load: Load, capture: Spool | None) -> Link | None:
-    """End a load; return the link back, None when there is none that is good."""
-    is_good = load.finish()
-    return Link(capture) if capture is not None and is_good else None

@@ -27,6 +27,11 @@ class Holdings:
         return tuple(v for v in self._lineage.versions if v not in self._evicted)
 
     @property
+    def digest(self) -> str:
+        """What the copy must have at the position; empty when nothing is held."""
+        return "" if self.position < 0 else self._manifests[self.position].digest
+
+    @property
     def bytes_in_memory(self) -> int:
         """Memory of all links."""
         return sum(link.spool.bytes_in_memory for link in self._lineage.payloads)

@@ -17,6 +17,7 @@ from shared.weights.digests import MASK, sha256_of, specs_bytes, to_hex, version
 from shared.weights.errors import Corrupt, WeightsError
 from shared.weights.kernels.choice import kernels_for
 from shared.weights.keyframes import Run, SafetensorsFeed, TensorHead
+from shared.weights.links import Link
 from shared.weights.replica import Replica, State, check_state
 from shared.weights.spool import Spool
 from shared.wire.weights import Manifest, TensorSpec
@@ -73,8 +74,8 @@ class Load:
         for run in runs:
             self._write(run)
 
-    def finish(self) -> bool:
-        """Let the replica hold the version; return whether the captured delta is good.
+    def finish(self) -> Link | None:
+        """Let the replica hold the version; return the captured delta, if it is good.
 
         It is not when the copy that was overwritten was not what its digests said.
 
@@ -93,14 +94,14 @@ class Load:
             raise Corrupt(
                 f"version {manifest.version}", f"sha256 {manifest.sha256}", f"sha256 {found}"
             )
-        captured = False
+        link: Link | None = None
         if self._capture is not None:
             reached = version_digest(self._reached())
             self._capture.write(self._writer.trailer(reached))
-            captured = reached == manifest.digest
+            link = Link(self._capture) if reached == manifest.digest else None
         self._phase = "over"
         self._replica.put(self._state, manifest.tensors)
-        return captured
+        return link
 
     def abort(self) -> None:
         """Take back what was written. Without a capture the replica stays empty."""

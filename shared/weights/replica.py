@@ -9,7 +9,7 @@ import torch
 
 from shared.weights import deltas
 from shared.weights.deltas import DeltaReader
-from shared.weights.digests import num_bytes, sha256_of, specs, version_digest
+from shared.weights.digests import sha256_of, specs, version_digest
 from shared.weights.errors import Corrupt, WrongBase
 from shared.wire.weights import TensorSpec
 
@@ -50,11 +50,6 @@ class Replica:
     def digest(self) -> str:
         """Their version digest; empty when nothing is held."""
         return self._digest
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the tensors."""
-        return num_bytes(self._state)
 
     def apply(
         self,

@@ -61,7 +61,7 @@ def test_whatever_happens_a_version_is_lent_exactly_or_not_at_all(steps, keep_pa
 
 
 async def _walk(chain: Chain, steps: list[tuple[str, int]], keep_past: bool) -> None:
-    history = WeightHistory(keep_past=keep_past, spool_bytes=300)
+    history = WeightHistory(keep_past=keep_past, threads=2, spool_bytes=300)
     held: set[int] = set()
     for step, version in steps:
         if step == "delta" and version:

@@ -9,6 +9,7 @@ import pytest
 
 from shared.weights import settled
 from shared.weights.errors import MissingVersion
+from shared.weights.links import Link
 from shared.weights.loading import Load
 from shared.weights.spool import Spool
 from tests.weights.chains import (
@@ -233,7 +234,7 @@ async def test_a_keyframe_that_is_cancelled_at_its_very_end_is_held() -> None:
         gate, is_reached = threading.Event(), threading.Event()
         finish = Load.finish
 
-        def gated_finish(load: Load) -> bool:
+        def gated_finish(load: Load) -> Link | None:
             is_reached.set()
             assert gate.wait(10)
             return finish(load)
