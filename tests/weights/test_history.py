@@ -239,6 +239,17 @@ async def test_a_version_that_was_evicted_can_be_taken_in_again() -> None:
     await chain.must_hold(history, 1, 2, 3)
 
 
+@pytest.mark.parametrize("keep_past", [True, False])
+async def test_a_delta_taken_back_brings_the_version_before(keep_past: bool) -> None:
+    chain = Chain(5)
+    history = await chain.history(keep_past=keep_past)
+    await history.load_keyframe(chain.manifests[3], chain.keyframe(3))
+    await history.apply_delta(chain.manifests[2], 3, chain.spool(3))
+    await history.apply_delta(chain.manifests[1], 2, chain.spool(2))
+    assert history.position == 1
+    await chain.must_hold(history, *((1, 2, 3) if keep_past else (1,)))
+
+
 async def test_a_version_below_the_mark_that_the_copy_is_at_is_not_lent_again() -> None:
     chain = Chain(5)
     history = await chain.history(5)

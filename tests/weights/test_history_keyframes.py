@@ -131,3 +131,15 @@ async def test_the_capture_is_kept_as_a_link_or_closed(
         await history.load_keyframe(chain.manifests[8], chain.keyframe(8 if good else 7))
     assert [spool.size > 0 for spool in captures] == [good]
     await chain.must_hold(history, 0, 1, 2, *([8] if good else []))
+
+
+async def test_a_capture_takes_no_more_memory_than_the_other_deltas_leave_it() -> None:
+    chain = Chain(9)
+    limit = sum(map(len, chain.deltas[:3])) + 100
+    history = await chain.history(3, spool_bytes=limit)
+    assert history.bytes_spilled == 0
+    await history.load_keyframe(chain.manifests[8], chain.keyframe(8))
+    assert history.bytes_held == chain.size + limit
+    assert history.bytes_spilled > 0
+    assert chain.open_spools == 2  # those that were there stay where they are
+    await chain.must_hold(history, 0, 1, 2, 8)
