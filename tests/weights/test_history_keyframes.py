@@ -143,3 +143,4 @@ async def test_a_capture_takes_no_more_memory_than_the_other_deltas_leave_it() -
     assert history.bytes_spilled > 0
     assert chain.open_spools == 2  # those that were there stay where they are
     await chain.must_hold(history, 0, 1, 2, 8)
+    history.clear()
