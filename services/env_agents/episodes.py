@@ -28,7 +28,16 @@ from shared.wire.messages import (
     SampleRequest,
     Ticket,
 )
-from shared.wire.trajectory import Failure, FailureReason, Outcome, Trajectory, Turn
+from shared.wire.trajectory import (
+    Failure,
+    FailureReason,
+    Outcome,
+    Trajectory,
+    Turn,
+)
+from shared.wire.trajectory import (
+    Sequence as TokenSequence,
+)
 
 # --- events
 
@@ -172,6 +181,8 @@ class Episode:
         """None: the episode is over."""
         self._started_at = 0.0
         self._builder = SequenceBuilder(limits.context_tokens)
+        self._handed_in = 0
+        """Tokens of the newest partial."""
         self._turns: list[Turn] = []
         self._task_digest = ""
         self._reward = 0.0
@@ -212,6 +223,14 @@ class Episode:
                 return self._stepped(event, now)
             case _:
                 return []
+
+    def partial(self, below: int) -> TokenSequence | None:
+        """Return all tokens so far if any below version `below` was sampled since the last time."""
+        start = self._handed_in
+        if not any(s.version < below and s.stop > start for s in self._builder.spans):
+            return None
+        self._handed_in = len(self._builder)
+        return self._builder.build(self._turns)
 
     # --- turns
     def _begin(self, token_ids: Sequence[int], task_digest: str) -> list[Action]:

@@ -37,6 +37,11 @@ class SequenceBuilder:
         """Tokens that still fit."""
         return len(self._ids) - self._length
 
+    @property
+    def spans(self) -> Ids[Span]:
+        """Version stamps so far."""
+        return self._spans
+
     def token_ids(self) -> Array:
         """Everything so far, i4[T]."""
         return _wire("i4", self._ids[: self._length])

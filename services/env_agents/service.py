@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.env_agents import loading
+from services.env_agents.attempts import Attempt, terminal_of
 from services.env_agents.config import EnvAgentsConfig
 from services.env_agents.episodes import Episode, Limits
+from services.env_agents.fencing import Fencing
+from services.env_agents.gate import Gate
 from services.env_agents.player import Player
 from services.env_agents.sampler_client import SamplerClient
 from shared.runtime.bus import Job, WorkQueue
@@ -27,7 +30,8 @@ from shared.runtime.errors import BusUnavailable, Conflict, PayloadTooLarge, Run
 from shared.runtime.intake import accept
 from shared.wire.codec import encode
 from shared.wire.errors import ForeignMajor
-from shared.wire.messages import Terminal, Ticket
+from shared.wire.fencing import PartialTrajectory
+from shared.wire.messages import Ticket
 from shared.wire.trajectory import Failure, Outcome
 
 QUEUE = "env_agents"
@@ -53,14 +57,20 @@ async def serve(context: Context, config: EnvAgentsConfig) -> None:
         "tickets", QUEUE, ack_wait_s=section.ack_wait_s, max_ack_pending=section.max_ack_pending
     )
     silence_s = section.heartbeat_s * section.heartbeat_misses
-    sampler = SamplerClient(context, silence_s=silence_s)
+    gate = Gate() if config.old_logprobs.route == "interrupt" else None
+    sampler = SamplerClient(context, silence_s=silence_s, gate=gate)
+    fencing = Fencing(context, gate, sampler, bound_s=silence_s) if gate else None
     player = Player(context, lambda: environment(options), renderer, sampler, section.env_timeout_s)
     agents = _EnvAgents(context, config, player, renderer.stop_ids)
+    if fencing is not None:
+        await fencing.start()
     context.health.set_ready()
     context.log.info("serving", environment=config.task.environment, places=section.concurrency)
     try:
-        await agents.run(queue)
+        await agents.run(queue, fencing)
     finally:
+        if fencing is not None:
+            await fencing.close()
         await sampler.close()
         await queue.close()
         context.log.info("stopped", **context.counters)
@@ -74,6 +84,7 @@ class _Place:
     task: asyncio.Task[None] | None = None
     storing: bool = False
     """Its outcome is known and on its way to the log: too late to hand the ticket back."""
+    attempt: Attempt | None = None
 
 
 class _EnvAgents:
@@ -100,14 +111,17 @@ class _EnvAgents:
         """Why we went unready: the last ticket of another wire major."""
         self._jitter = random.Random(context.incarnation).random
 
-    async def run(self, queue: WorkQueue) -> None:
+    async def run(self, queue: WorkQueue, fencing: Fencing | None) -> None:
         async with asyncio.TaskGroup() as group:
-            keeper = group.create_task(self._keep())
+            around = [group.create_task(self._keep())]
+            if fencing is not None:
+                around.append(group.create_task(fencing.run(self._partials)))
             try:
                 await self._pull(queue, group)
                 await self._drain()
             finally:
-                keeper.cancel()
+                for task in around:
+                    task.cancel()
 
     async def _pull(self, queue: WorkQueue, group: asyncio.TaskGroup) -> None:
         stop = self._context.stop
@@ -206,12 +220,19 @@ class _EnvAgents:
             await self._ack(job)
             return
         attempt_id = f"{self._context.pod}-{uuid.uuid4().hex[:12]}"
-        outcome = await self._outcome(job, ticket, attempt_id)
+        outcome = await self._outcome(place, ticket, attempt_id)
         place.storing = True
         await self._store(ticket, attempt_id, outcome)
         await self._ack(job)
 
-    async def _outcome(self, job: Job, ticket: Ticket, attempt_id: str) -> Outcome:
+    def _partials(self, generation: int, floor: int) -> list[PartialTrajectory]:
+        """Return what was sampled below the floor and is on no terminal or partial yet."""
+        attempts = filter(None, (place.attempt for place in self._places))
+        partials = [attempt.partial(self._context, generation, floor) for attempt in attempts]
+        return [partial for partial in partials if partial is not None]
+
+    async def _outcome(self, place: _Place, ticket: Ticket, attempt_id: str) -> Outcome:
+        job = place.job
         if job.num_delivered > self._section.max_attempts:
             return Failure(
                 reason="max_deliver",
@@ -219,6 +240,7 @@ class _EnvAgents:
                 f"{self._section.max_attempts}",
             )
         episode = Episode(ticket, attempt_id, self._limits, self._stop_ids, self._jitter)
+        place.attempt = Attempt(ticket, attempt_id, episode)
         return await self._player.play(ticket, episode)
 
     async def _store(self, ticket: Ticket, attempt_id: str, outcome: Outcome) -> None:
@@ -243,16 +265,7 @@ class _EnvAgents:
             )
 
     async def _append(self, ticket: Ticket, attempt_id: str, outcome: Outcome) -> None:
-        terminal = Terminal(
-            ticket_id=ticket.ticket_id,
-            attempt_id=attempt_id,
-            purpose=ticket.purpose,
-            group_id=ticket.group_id,
-            member=ticket.member,
-            issue_version=ticket.issue_version,
-            producer=self._context.pod,
-            outcome=outcome,
-        )
+        terminal = terminal_of(ticket, attempt_id, self._context.pod, outcome)
         subject = self._context.bus.subjects.terminal(ticket.ticket_id)
         await self._context.bus.append(
             subject, encode(terminal), expect_last_subject_seq=0, msg_id=attempt_id

@@ -159,6 +159,7 @@ class Requests:
     # --- one request
     def _end(self, entry: _Entry, reason: Reason) -> None:
         entry.ended = entry.ended or reason
+        self.look_again()
         self._host.engine.interrupt(entry.request.request_id)
 
     async def _serve(self, entry: _Entry) -> None:
@@ -175,11 +176,12 @@ class Requests:
     async def _body(self, entry: _Entry) -> Behind | Partial | Done | Refused:
         """Sample and return the final reply."""
         request = entry.request
-        if not await self._caught_up(request.min_version):
-            self._context.count("behind_requests")
-            return Behind(version=self._host.version)
+        caught_up = await self._caught_up(entry)
         if entry.ended is not None:
             return Partial(sampled=NOTHING, reason=entry.ended)
+        if not caught_up:
+            self._context.count("behind_requests")
+            return Behind(version=self._host.version)
         engine = self._host.engine
         try:
             result = await engine.sample(_spec(request))
@@ -199,12 +201,13 @@ class Requests:
             return Partial(sampled=sampled, reason=entry.ended or "interrupt")
         return Done(sampled=sampled, finish=result.finish)
 
-    async def _caught_up(self, min_version: int) -> bool:
-        """Wait a little for a version that is on its way."""
+    async def _caught_up(self, entry: _Entry) -> bool:
+        """Wait a little for a version that is on its way; not for a request that is to end."""
+        min_version = entry.request.min_version
         if self._host.version < min_version:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._behind_wait_s):
-                    while self._host.version < min_version and not self._draining:
+                    while self._host.version < min_version and entry.ended is None:
                         await self._changed.wait()
         return self._host.version >= min_version
 
