@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from services.learner.staging import Scored
 from shared.algo.batching import PackedBatch, pack
-from shared.wire.journal import Batch, TrainedGroup
+from shared.wire.journal import Batch, Member, TrainedGroup
 from shared.wire.messages import SequenceScore
 from shared.wire.trajectory import Sequence as TokenSequence
 
@@ -32,8 +33,13 @@ class Item:
     old_logprobs: npt.NDArray[np.floating]
     sampler_logprobs: npt.NDArray[np.floating]
     advantage: float
+    reward: float
+    """Raw, of its trajectory."""
     trajectory: int
     """Index of its trajectory in the batch: sequences of one trajectory share it."""
+
+    reference_logprobs: npt.NDArray[np.floating] | None = None
+    """Of the reference model, where `algo.kl` is on."""
 
     @property
     def num_tokens(self) -> int:
@@ -60,8 +66,16 @@ def build_items(
     batch: Batch,
     members: Mapping[str, Scored],
     old: Mapping[str, tuple[SequenceScore, ...]],
+    reference: Mapping[str, Sequence[npt.NDArray[np.floating]]] | None = None,
 ) -> BatchItems:
-    """Arrange a batch in journal order; the same entry gives the same arrays on replay."""
+    """Arrange a batch in journal order; the same entry gives the same arrays on replay.
+
+    Args:
+        batch: what was decided.
+        members: its trajectories, by ticket id.
+        old: their old log-probs.
+        reference: log-probs of the reference model per sequence, where `algo.kl` is on.
+    """
     items: list[Item] = []
     sampled = should_train = exact = num_trajectories = 0
     ages: list[npt.NDArray[np.int64]] = []
@@ -75,8 +89,11 @@ def build_items(
                 continue
             should_train += num_sampled
             num_trajectories += 1
-            for sequence, score in zip(sequences, old[member.ticket_id], strict=True):
-                item = _item(sequence, score, group, member.advantage, num_trajectories)
+            of_reference = reference[member.ticket_id] if reference else [None] * len(sequences)
+            for sequence, score, logprobs in zip(
+                sequences, old[member.ticket_id], of_reference, strict=True
+            ):
+                item = _item(sequence, score, group, member, num_trajectories, logprobs)
                 own = [entry.version for entry in score.versions if entry.status == "exact"]
                 exact += int((item.loss_mask & np.isin(item.versions, own)).sum())
                 ages.append(batch.version - item.versions[item.loss_mask])
@@ -99,30 +116,32 @@ def shuffled_minibatches(items: Sequence[Item], count: int, seed: int) -> list[l
 
 def pack_items(items: Sequence[Item]) -> PackedBatch:
     """Lay items end to end with the per-token tensors that the loss reads."""
-    return pack(
-        [item.token_ids for item in items],
-        {
-            "loss_mask": [item.loss_mask for item in items],
-            "old_logprobs": [item.old_logprobs for item in items],
-            "sampler_logprobs": [item.sampler_logprobs for item in items],
-            "advantages": [
-                np.full(item.num_tokens, item.advantage, dtype=item.old_logprobs.dtype)
-                for item in items
-            ],
-            "versions": [item.versions for item in items],
-            "trajectory": [
-                np.full(item.num_tokens, item.trajectory, dtype=np.int64) for item in items
-            ],
-        },
-    )
+    per_token: dict[str, list[npt.NDArray[Any]]] = {
+        "loss_mask": [item.loss_mask for item in items],
+        "old_logprobs": [item.old_logprobs for item in items],
+        "sampler_logprobs": [item.sampler_logprobs for item in items],
+        "advantages": [_constant(item, item.advantage) for item in items],
+        "scores": [_constant(item, item.reward) for item in items],
+        "versions": [item.versions for item in items],
+        "trajectory": [np.full(item.num_tokens, item.trajectory, dtype=np.int64) for item in items],
+    }
+    references = [i.reference_logprobs for i in items if i.reference_logprobs is not None]
+    if references:
+        per_token["reference_logprobs"] = references
+    return pack([item.token_ids for item in items], per_token)
+
+
+def _constant(item: Item, value: float) -> npt.NDArray[np.floating]:
+    return np.full(item.num_tokens, value, dtype=item.old_logprobs.dtype)
 
 
 def _item(
     sequence: TokenSequence,
     score: SequenceScore,
     group: TrainedGroup,
-    advantage: float,
+    member: Member,
     trajectory: int,
+    reference_logprobs: npt.NDArray[np.floating] | None,
 ) -> Item:
     versions = np.full(sequence.token_ids.shape[0], -1, dtype=np.int64)
     for span in sequence.spans:
@@ -135,6 +154,8 @@ def _item(
         versions=versions,
         old_logprobs=score.old_logprobs.numpy(),
         sampler_logprobs=sequence.arrays["sampler_logprobs"].numpy(),
-        advantage=advantage,
+        advantage=member.advantage,
+        reward=member.reward,
         trajectory=trajectory,
+        reference_logprobs=reference_logprobs,
     )

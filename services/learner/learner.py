@@ -24,6 +24,7 @@ from services.learner.journal import evaluation_group
 from services.learner.journal_log import JournalLog
 from services.learner.positions import Positions
 from services.learner.publication import Publication
+from services.learner.reference import Reference
 from services.learner.routes.base import OldLogprobRoute
 from services.learner.staging import CompleteGroup, Scored
 from services.learner.takeover import (
@@ -59,6 +60,7 @@ class Learner:
         publication: Publication,
         route: OldLogprobRoute,
         positions: Positions,
+        reference: Reference | None = None,
     ) -> None:
         self._context = context
         self._config = config
@@ -68,6 +70,7 @@ class Learner:
         self._publication = publication
         self._route = route
         self._positions = positions
+        self._reference = reference
         self._store = CheckpointStore(
             Path(config.run.dir) / "checkpoints", config.learner.checkpoint.keep, context.log
         )
@@ -236,8 +239,10 @@ class Learner:
         """Perform a journalled batch; on replay nothing is decided again."""
         started_at = time.time()
         with self._context.busy():
-            old = await self._route.at_step(list(members.values()), batch.version)
-            items = build_items(batch, members, old.by_ticket)
+            scored = list(members.values())
+            old = await self._route.at_step(scored, batch.version)
+            reference = await self._reference.logprobs(scored) if self._reference else None
+            items = build_items(batch, members, old.by_ticket, reference)
             outcome = await asyncio.to_thread(
                 self._trainer.step, items, version=batch.version, seed=batch.seed
             )

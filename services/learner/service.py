@@ -27,6 +27,7 @@ from services.learner.keyframing import Keyframing
 from services.learner.learner import Learner
 from services.learner.positions import Positions
 from services.learner.publication import Publication, Slack
+from services.learner.reference import Reference
 from services.learner.routes.base import OldLogprobRoute, RouteContext
 from services.learner.routes.registry import ROUTES
 from services.learner.score_records import score_event
@@ -123,6 +124,17 @@ def make_route(context: Context, config: LearnerConfig, backend: TorchBackend) -
     )
 
 
+def make_reference(config: LearnerConfig) -> Reference | None:
+    """Return the reference model of the KL term, None where it is off."""
+    if not config.learner.algo.kl.coefficient:
+        return None
+    return Reference(
+        lambda: load_backend(config),
+        temperature=config.sampling.temperature,
+        pack_tokens=config.learner.optimizer.micro_batch_tokens,
+    )
+
+
 class _Shell:
     def __init__(
         self, context: Context, config: LearnerConfig, backend: TorchBackend, source: TaskSource
@@ -163,6 +175,7 @@ class _Shell:
             ),
             self._route,
             self._positions,
+            make_reference(config),
         )
         self._phase: Literal["running", "draining", "done"] = "running"
         self._pauses = Pauses()

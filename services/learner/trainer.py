@@ -52,7 +52,7 @@ class Trainer:
         self._section = section
         self._temperature = temperature
         self._num_ages = num_ages
-        self._policy_loss = PolicyLoss(section.algo.objective(), proxy=proxy)
+        self._policy_loss = PolicyLoss(section.algo.settings(), proxy=proxy)
 
     def step(self, batch: BatchItems, *, version: int, seed: int) -> StepOutcome:
         """Take the optimizer steps from `version` to `version + 1`."""
@@ -66,7 +66,10 @@ class Trainer:
         for minibatch in shuffled_minibatches(trainable, optimizer.minibatches, seed):
             micros = self._micro_batches(minibatch)
             loss = self._policy_loss.minibatch(
-                count(micros, self._section.algo.horizon), version_now=version, first=not norms
+                count(micros, self._section.algo.horizon),
+                version_now=version,
+                first=not norms,
+                weight_mean=self._policy_loss.weight_mean(micros),
             )
             for micro in micros:
                 self._backend.forward_backward(

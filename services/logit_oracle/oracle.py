@@ -318,6 +318,7 @@ class Oracle:
             context.gauges["backlog"] = self._elevator.num_parts
             context.gauges["in_flight"] = len(self._open)
             context.gauges["held_versions"] = len(self._history.versions)
+            context.counters["weight_faults"] = self._history.faults
             context.gauges["held_bytes"] = self._history.bytes_held
             context.gauges["spilled_bytes"] = self._history.bytes_spilled
             context.gauges["keyframe_wanted"] = float(self._follower.keyframe_wanted)

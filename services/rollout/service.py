@@ -23,6 +23,7 @@ from shared.runtime.context import Context
 from shared.runtime.errors import ConfigError, Fatal
 from shared.runtime.intake import accept
 from shared.weights.assembly import make_follower, make_history
+from shared.weights.errors import MissingVersion
 from shared.wire.errors import ForeignMajor
 from shared.wire.messages import CancelRequest, SampleRequest
 from shared.wire.weights import Manifest
@@ -161,10 +162,13 @@ class Rollout:
             self._look()
 
     async def _revive(self) -> None:
-        newest = self._history.newest
-        if newest >= 0:
-            async with self._history.at(newest) as state:
-                await self._host.revive(self._history.manifest(newest), state)
+        while (newest := self._history.newest) >= 0:
+            try:
+                async with self._history.at(newest) as state:
+                    await self._host.revive(self._history.manifest(newest), state)
+            except MissingVersion:
+                continue  # a newer version came while this one was waited for
+            return
 
     def _look(self) -> None:
         """Bring version, readiness and whoever waits for a version up to date."""
@@ -227,6 +231,7 @@ class Rollout:
         context.counters.update(counters)
         context.counters["weight_bytes"] = float(self._follower.bytes_fetched)
         context.counters["weight_resyncs"] = float(self._follower.resyncs)
+        context.counters["weight_faults"] = float(self._history.faults)
         context.gauges["keyframe_wanted"] = float(self._follower.keyframe_wanted)
         context.gauges.update(
             running=float(load.running),

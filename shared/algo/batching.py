@@ -5,7 +5,7 @@ Shapes: T tokens of the packed batch, B sequences in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,7 +36,7 @@ class PackedBatch:
 
 def pack(
     token_ids: Sequence[np.ndarray | torch.Tensor],
-    per_token: dict[str, Sequence[np.ndarray | torch.Tensor]] | None = None,
+    per_token: Mapping[str, Sequence[np.ndarray | torch.Tensor]] | None = None,
 ) -> PackedBatch:
     """Lay sequences end to end, in the given order.
 

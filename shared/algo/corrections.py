@@ -13,7 +13,6 @@ dataclass in `correction_specs` and one more case in `composition`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -226,55 +225,9 @@ def self_normalise(weight_T: torch.Tensor, mean: torch.Tensor | float) -> torch.
     return weight_T / torch.where(by > 1e-8, by, 1.0)
 
 
-Discrepancy = Callable[[torch.Tensor, Layout, float, float], Verdict]
-"""(log_d_T, layout, low, high) -> verdict."""
-
-
-def _icepop(log_d_T: torch.Tensor, layout: Layout, low: float, high: float) -> Verdict:
-    return Verdict(icepop(log_d_T, low=low, high=high), outside(log_d_T, layout, low, high))
-
-
-def _tis(log_d_T: torch.Tensor, layout: Layout, low: float, high: float) -> Verdict:
-    return Verdict(tis_token(log_d_T, low=low, high=high), {})
-
-
-def _mask(log_d_T: torch.Tensor, layout: Layout, low: float, high: float) -> Verdict:
-    return Verdict(ratio(log_d_T), outside(log_d_T, layout, low, high))
-
-
-def _none(log_d_T: torch.Tensor, layout: Layout, low: float, high: float) -> Verdict:
-    return Verdict(ratio(log_d_T), {})
-
-
 def outside(
     log_d_T: torch.Tensor, layout: Layout, low: float, high: float
 ) -> dict[str, torch.Tensor]:
     """Return the loss tokens outside [low, high] by cause: `token_low`, `token_high`."""
     d_T = ratio(log_d_T.detach())
     return {"token_low": (d_T < low) & layout.m_T, "token_high": (d_T > high) & layout.m_T}
-
-
-DISCREPANCIES: Mapping[str, Discrepancy] = {
-    "icepop": _icepop,
-    "tis": _tis,
-    "mask": _mask,
-    "none": _none,
-}
-"""By the name in `algo.discrepancy.kind`."""
-
-
-def correct(
-    log_d_T: torch.Tensor,
-    layout: Layout,
-    *,
-    kind: str,
-    low: float,
-    high: float,
-    veto_below: float | None = None,
-) -> Verdict:
-    """Apply one registered correction and the veto, both on untruncated D and original mask."""
-    verdict = DISCREPANCIES[kind](log_d_T, layout, low, high)
-    if veto_below is None:
-        return verdict
-    dropped_T = ~veto(log_d_T, layout, threshold=veto_below) & layout.m_T
-    return Verdict(verdict.weight_T, {**verdict.rejected, "veto": dropped_T})

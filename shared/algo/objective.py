@@ -5,16 +5,12 @@ Defaults: `offpolicy.md` 11.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-DISCREPANCY_BOUNDS: dict[str, tuple[float, float] | None] = {
-    "icepop": (0.5, 5.0),
-    "mask": (0.5, 2.0),
-    "tis": (0.0, 2.0),
-    "none": None,
-}
-"""Default (low, high) on D by kind; None: the kind has no bounds. `corrections.DISCREPANCIES`
-holds the functions."""
+from shared.algo.correction_list import DEFAULT_CORRECTIONS, check, weight_of
+from shared.algo.correction_specs import CorrectionSpec, SelfNormalise, Unit
+from shared.algo.kl_spec import KlSpec
+from shared.algo.objective_specs import ObjectiveSpec, Ppo
 
 AGGREGATION_MODES = (
     "token_mean",
@@ -37,24 +33,19 @@ class Objective:
         ValueError: at construction, naming the key (as below `algo.`) and what to do.
     """
 
-    discrepancy: str = "icepop"
-    discrepancy_low: float = 0.5
-    discrepancy_high: float = 5.0
-    veto: float | None = 1e-4
-    """Drop a whole sequence when one loss token has D below; None: off."""
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    """S is clipped to [1 - clip_low, 1 + clip_high]."""
-    dual: float | None = 3.0
-    """Bound on L/(-A) where A < 0; None: off."""
+    corrections: tuple[CorrectionSpec, ...] = DEFAULT_CORRECTIONS
+    """On D: `correction_specs`."""
+    objective: ObjectiveSpec = field(default_factory=Ppo)
+    """On S, or on ρ: `objective_specs`."""
+    kl: KlSpec = field(default_factory=KlSpec)
     entropy_bonus: float = 0.0
     aggregation: str = "token_mean"
     horizon: float | None = None
     """L of the constant-denominator aggregations."""
 
     def __post_init__(self) -> None:
-        self._check_discrepancy()
-        self._check_clip()
+        check(self.corrections)
+        self._check_weights()
         if self.aggregation not in AGGREGATION_MODES:
             raise ValueError(
                 f"aggregation: {self.aggregation!r} is none of {', '.join(AGGREGATION_MODES)}"
@@ -72,42 +63,24 @@ class Objective:
                 "positive number such as 0.005"
             )
 
-    def _check_discrepancy(self) -> None:
-        kind, low, high = self.discrepancy, self.discrepancy_low, self.discrepancy_high
-        if kind not in DISCREPANCY_BOUNDS:
-            raise ValueError(
-                f"discrepancy.kind: {kind!r} is none of {', '.join(DISCREPANCY_BOUNDS)}"
-            )
-        if kind in ("icepop", "mask") and not 0 <= low < 1 < high:
-            raise ValueError(
-                f"discrepancy: [{low}, {high}] must contain 1 in its interior and start at 0 or "
-                "above, or tokens on which both engines agree are rejected; use low: 0.5, "
-                "high: 5.0"
-            )
-        if kind == "tis" and not 0 <= low <= 1 <= high:
-            raise ValueError(
-                f"discrepancy: [{low}, {high}] must contain 1, or tokens on which both engines "
-                "agree are re-weighted; use low: 0.0, high: 2.0"
-            )
-        if self.veto is not None and not 0 < self.veto < 1:
-            raise ValueError(
-                f"veto: {self.veto} must lie between 0 and 1, or every trajectory is dropped; "
-                "use 1e-4, or null to switch it off"
-            )
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """(low, high) of the region around S = 1 that diagnostics call inside the clip."""
+        low, high = getattr(self.objective, "low", 0.2), getattr(self.objective, "high", 0.28)
+        return float(low), float(high)
 
-    def _check_clip(self) -> None:
-        if not 0 < self.clip_low <= 1:
+    def _check_weights(self) -> None:
+        """Refuse weights on D under an objective whose ratio contains D already."""
+        if self.objective.uses_weight:
+            return
+        kind = self.objective.kind
+        weight = weight_of(self.corrections)
+        if weight in self.corrections and not isinstance(weight, Unit):
             raise ValueError(
-                f"clip.low: {self.clip_low} must lie in (0, 1]: S is clipped from below at "
-                "1 - low; use 0.2"
+                f"corrections: {weight.kind} has no effect, the ratio of objective {kind} is "
+                "that to the sampler and contains D; remove it"
             )
-        if not self.clip_high > 0:
+        if any(isinstance(spec, SelfNormalise) for spec in self.corrections):
             raise ValueError(
-                f"clip.high: {self.clip_high} leaves no room above S = 1; use 0.28, or a large "
-                "number for no upper clip"
-            )
-        if self.dual is not None and not self.dual > 1:
-            raise ValueError(
-                f"clip.dual: {self.dual} must be above 1, or tokens with S = 1 and A < 0 get no "
-                "gradient; use 3.0, or null to switch it off"
+                f"corrections: self_normalise has no effect with objective {kind}; remove it"
             )

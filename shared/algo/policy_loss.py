@@ -36,9 +36,14 @@ import torch
 
 from shared.algo import diagnostics
 from shared.algo.batching import PackedBatch
-from shared.algo.corrections import Layout, correct
-from shared.algo.losses import Denominators, aggregate, clip_causes, decoupled_ppo
+from shared.algo.composition import compose
+from shared.algo.corrections import Layout, Verdict, WeightTotals
+from shared.algo.kl import kl_terms
+from shared.algo.loss_report import TokenTrace, report
+from shared.algo.loss_terms import Terms, Tokens
+from shared.algo.losses import Denominators, aggregate
 from shared.algo.objective import Objective
+from shared.algo.objective_terms import objective_terms
 from shared.algo.proximal import Proxy, alpha_by_age, linear_proxy, loglinear_proxy
 from shared.algo.ratios import split
 
@@ -47,6 +52,10 @@ PER_TOKEN = ("loss_mask", "old_logprobs", "sampler_logprobs", "advantages", "ver
 stamp v. All but the mask are read only where it is 1. Optional `trajectory` i64: tokens of one
 trajectory share a number inside the micro-batch; absent, each sequence is one."""
 
+
+REFERENCE = "reference_logprobs"
+"""Further per-token tensor, f32[T], where `algo.kl` is on: log-probs of the reference model.
+Another is `scores`: the raw reward of the token's trajectory, which `topr` needs."""
 
 PROXIES = {"loglinear": loglinear_proxy, "linear": linear_proxy}
 
@@ -58,22 +67,6 @@ class Output(Protocol):
     def logprobs_T(self) -> torch.Tensor: ...
     @property
     def entropy_T(self) -> torch.Tensor | None: ...
-
-
-@dataclass(frozen=True)
-class TokenTrace:
-    """Detached per-token facts of one micro-batch, over its N loss tokens."""
-
-    log_d_N: torch.Tensor
-    log_s_N: torch.Tensor
-    weight_N: torch.Tensor
-    adv_N: torch.Tensor
-    versions_N: torch.Tensor
-    seq_N: torch.Tensor
-    entropy_N: torch.Tensor | None
-    rejected: dict[str, torch.Tensor]
-    cut: dict[str, torch.Tensor]
-    num_segments: int
 
 
 def count(batches: Sequence[PackedBatch], horizon: float | None = None) -> Denominators:
@@ -103,6 +96,12 @@ class PolicyLoss:
         """Optimise `objective`; with a `proxy`, ℓ^old is computed from ℓ^inf, ℓ and the age."""
         self.objective = objective
         self.proxy: Proxy | None = proxy
+        self._composition = compose(objective.corrections)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether batches must carry `reference_logprobs`."""
+        return self.objective.kl.coefficient > 0
 
     @property
     def needs_entropy(self) -> bool:
@@ -110,7 +109,12 @@ class PolicyLoss:
         return self.objective.entropy_bonus > 0
 
     def minibatch(
-        self, denominators: Denominators, *, version_now: int, first: bool = True
+        self,
+        denominators: Denominators,
+        *,
+        version_now: int,
+        first: bool = True,
+        weight_mean: float | None = None,
     ) -> MinibatchLoss:
         """Return the loss function of one optimizer step.
 
@@ -119,8 +123,57 @@ class PolicyLoss:
             version_now: the version the batch is trained from.
             first: whether nothing was stepped since `version_now` was published; the share of
                 tokens outside the clip is then `clipped_on_arrival`.
+            weight_mean: see `weight_mean`.
         """
-        return MinibatchLoss(self, denominators, version_now=version_now, first=first)
+        return MinibatchLoss(
+            self, denominators, version_now=version_now, first=first, weight_mean=weight_mean
+        )
+
+    def weight_mean(self, batches: Sequence[PackedBatch]) -> float | None:
+        """Return the mean weight of an optimizer step, None where weights are not normalised.
+
+        D does not depend on the current weights, unless a proxy stands for ℓ^old: then every
+        micro-batch is normalised by its own mean.
+        """
+        if self._composition.normalise_level is None or self.proxy is not None:
+            return None
+        totals: WeightTotals | None = None
+        for batch in batches:
+            mask_T = batch.per_token["loss_mask"].bool()
+            rows_N = mask_T.nonzero()[:, 0]
+            if not len(rows_N):
+                continue
+            old_N, inf_N, _, versions_N = (batch.per_token[n][rows_N] for n in PER_TOKEN[1:])
+            all_N = torch.ones_like(rows_N, dtype=torch.bool)
+            log_d_N = split(old_N, old_N, inf_N, all_N).log_d_T
+            layout = Layout(all_N, *_renumber(trajectory_of(batch)[rows_N]), index_T=rows_N)
+            part = self._composition.totals(log_d_N, layout, versions_T=versions_N)
+            totals = part if totals is None or part is None else totals + part
+        return None if totals is None else float(totals.mean)
+
+    def _kl(
+        self, tokens: Tokens, batch: PackedBatch, rows_N: torch.Tensor, by: Denominators
+    ) -> torch.Tensor:
+        """Return coefficient · KL to the reference, on every loss token, rejected or not."""
+        if REFERENCE not in batch.per_token:
+            raise ValueError(f"algo.kl is set: the batch lacks per-token {REFERENCE}")
+        kl = self.objective.kl
+        log_weight_N = {
+            "none": None,
+            "staleness": tokens.log_ratio("old"),
+            "total": tokens.log_ratio("rollout"),
+        }[kl.importance]
+        terms = kl_terms(
+            tokens.l_T,
+            batch.per_token[REFERENCE][rows_N],
+            estimator=kl.estimator,
+            log_weight_T=log_weight_N,
+            value_clamp=kl.value_clamp,
+            input_clamp=kl.input_clamp,
+        )
+        mode = self.objective.aggregation
+        mean = aggregate(terms.loss_T, tokens.layout.m_T, tokens.layout, by, mode=mode)
+        return kl.coefficient * mean
 
     def compute(
         self,
@@ -129,8 +182,17 @@ class PolicyLoss:
         denominators: Denominators,
         *,
         version_now: int = 0,
+        weight_mean: float | None = None,
     ) -> tuple[torch.Tensor, TokenTrace]:
         """Return the scalar loss of a micro-batch and what it did to each loss token.
+
+        Args:
+            output: the forward's.
+            batch: with the `PER_TOKEN` tensors.
+            denominators: of the whole optimizer step.
+            version_now: the version the batch is trained from.
+            weight_mean: of the whole optimizer step, where weights are normalised; None: of
+                this micro-batch.
 
         Raises:
             ValueError: a per-token tensor is missing, or entropies are needed and absent.
@@ -148,24 +210,33 @@ class PolicyLoss:
             alpha_N = alpha_by_age(version_now - versions_N, versions_N)
             old_N = PROXIES[self.proxy](now_N, inf_N, alpha_N)
         ratios = split(now_N, old_N, inf_N, all_N)
-        layout = Layout(all_N, *_renumber(trajectory_of(batch)[rows_N]))
+        layout = Layout(all_N, *_renumber(trajectory_of(batch)[rows_N]), index_T=rows_N)
         adv_N = adv_N.to(ratios.log_s_T.dtype)
 
-        verdict = correct(
+        verdict = self._composition.apply(
             ratios.log_d_T,
             layout,
-            kind=want.discrepancy,
-            low=want.discrepancy_low,
-            high=want.discrepancy_high,
-            veto_below=want.veto,
+            l_old_T=old_N,
+            l_inf_T=inf_N,
+            versions_T=versions_N,
+            weight_mean=weight_mean,
         )
         rejected = {**verdict.rejected, "nonfinite": ~ratios.finite_T}
         keep_N = ~torch.stack(list(rejected.values())).any(0)
-        low, high, dual = want.clip_low, want.clip_high, want.dual
-        loss_N = decoupled_ppo(
-            ratios.log_s_T, verdict.weight_T, adv_N, clip_low=low, clip_high=high, dual=dual
+        score_T = batch.per_token.get("scores")
+        tokens = Tokens.of(
+            now_N,
+            old_N,
+            inf_N,
+            adv_N,
+            verdict.weight_T,
+            layout,
+            None if score_T is None else score_T[rows_N],
         )
-        loss = aggregate(loss_N, keep_N, layout, denominators, mode=want.aggregation)
+        terms = objective_terms(tokens, want.objective)
+        loss = aggregate(terms.loss_T, keep_N, layout, denominators, mode=want.aggregation)
+        if want.kl.coefficient:
+            loss = loss + self._kl(tokens, batch, rows_N, denominators)
         entropy_N = None if output.entropy_T is None else output.entropy_T[rows_N]
         if self.needs_entropy:
             if entropy_N is None:
@@ -181,7 +252,8 @@ class PolicyLoss:
             seq_N=layout.seq_T,
             entropy_N=None if entropy_N is None else entropy_N.detach(),
             rejected=rejected,
-            cut=clip_causes(ratios.log_s_T, adv_N, clip_low=low, clip_high=high, dual=dual),
+            cut=dict(terms.cut),
+            truncated=_truncated(verdict, terms, all_N),
             num_segments=diagnostics.segments(
                 batch.per_token["versions"], mask_T, batch.positions_T
             ),
@@ -202,6 +274,7 @@ class MinibatchLoss:
     denominators: Denominators
     version_now: int
     first: bool
+    weight_mean: float | None = None
     traces: list[TokenTrace] = field(default_factory=list[TokenTrace], init=False)
     loss: float = field(default=0.0, init=False)
     """Sum of the micro-batches' losses."""
@@ -209,7 +282,11 @@ class MinibatchLoss:
     def __call__(self, output: Output, batch: PackedBatch) -> torch.Tensor:
         """Return the scalar to differentiate."""
         loss, trace = self.policy_loss.compute(
-            output, batch, self.denominators, version_now=self.version_now
+            output,
+            batch,
+            self.denominators,
+            version_now=self.version_now,
+            weight_mean=self.weight_mean,
         )
         self.traces.append(trace)
         self.loss += float(loss.detach())
@@ -218,60 +295,19 @@ class MinibatchLoss:
     def report(
         self, *, scatter_size: int = 256, num_ages: int | None = None
     ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Return scalars and arrays over all loss tokens of the step, before rejection.
-
-        Scalars: `loss`, `num_loss_tokens`, `d_*`, `s_*`, `rho_*` (see
-        `diagnostics.pair_summary`), `rej_*` and clip fractions, staleness, `entropy_mean`,
-        `weight_mean`, and on the first minibatch `clipped_on_arrival`. Arrays: `age_count`,
-        `age_k3_d_sum`, `age_k3_s_sum`, `age_k3_rho_sum` (in the first minibatch the last is
-        what k3(D) would be under `current_recompute`), `scatter` f32[M, 3].
-        """
-        if not self.traces:
-            raise ValueError("report: no micro-batch was trained")
-        log_d_N = torch.cat([t.log_d_N for t in self.traces]).double()
-        log_s_N = torch.cat([t.log_s_N for t in self.traces]).double()
-        versions_N = torch.cat([t.versions_N for t in self.traces])
-        adv_N = torch.cat([t.adv_N for t in self.traces])
-        seq_N = torch.cat([t.seq_N + (i << 32) for i, t in enumerate(self.traces)])
-        ages_N = (self.version_now - versions_N).long()
-        log_rho_N = log_d_N + log_s_N
-        scalars: dict[str, float] = {
-            "loss": self.loss,
-            "num_loss_tokens": float(log_d_N.numel()),
-            "num_segments": float(sum(t.num_segments for t in self.traces)),
-        }
-        for name, log_N in (("d", log_d_N), ("s", log_s_N), ("rho", log_rho_N)):
-            summary = diagnostics.pair_summary(log_N) | diagnostics.sequence_summary(log_N, seq_N)
-            scalars |= {f"{name}_{key}": value for key, value in summary.items()}
-        rejected = _joined([t.rejected for t in self.traces])
-        scalars |= diagnostics.fractions_by_cause(
-            rejected, _joined([t.cut for t in self.traces]), adv_N
-        )
-        scalars |= diagnostics.staleness(versions_N, seq_N, version_now=self.version_now)
-        if log_d_N.numel():
-            scalars["weight_mean"] = float(torch.cat([t.weight_N for t in self.traces]).mean())
-            entropies = [t.entropy_N for t in self.traces if t.entropy_N is not None]
-            if entropies:
-                scalars["entropy_mean"] = float(torch.cat(entropies).mean())
-            if self.first:
-                scalars["clipped_on_arrival"] = self._outside_clip(log_s_N)
-        arrays = diagnostics.per_age(
-            ages_N,
-            {
-                "k3_d": diagnostics.k3(log_d_N),
-                "k3_s": diagnostics.k3(log_s_N),
-                "k3_rho": diagnostics.k3(log_rho_N),
-            },
+        """Return scalars and arrays over all loss tokens of the step (`loss_report.report`)."""
+        return report(
+            self.traces,
+            version_now=self.version_now,
+            loss=self.loss,
+            clip_bounds=self.policy_loss.objective.clip_bounds if self.first else None,
+            scatter_size=scatter_size,
             num_ages=num_ages,
         )
-        arrays["scatter"] = diagnostics.scatter_sample(log_d_N, log_s_N, ages_N, size=scatter_size)
-        return scalars, arrays
-
-    def _outside_clip(self, log_s_N: torch.Tensor) -> float:
-        want, s_N = self.policy_loss.objective, torch.exp(log_s_N)
-        outside_N = (s_N < 1.0 - want.clip_low) | (s_N > 1.0 + want.clip_high)
-        return float(outside_N.double().mean())
 
 
-def _joined(by_cause: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {cause: torch.cat([part[cause] for part in by_cause]) for cause in by_cause[0]}
+def _truncated(verdict: Verdict, terms: Terms, all_N: torch.Tensor) -> torch.Tensor:
+    causes = [*terms.truncated.values()]
+    if verdict.truncated_T is not None:
+        causes.append(verdict.truncated_T)
+    return torch.stack(causes).any(0) if causes else torch.zeros_like(all_N)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from shared.algo.correction_specs import IcePop, TokenMask
 from shared.cli.records import RunRecords
 from shared.cli.summary import bootstrap_mean
 from shared.runtime.algo_section import AlgoSection
@@ -136,13 +137,13 @@ def regions(records: RunRecords) -> Regions:
     """Return the acceptance regions of the run's configuration."""
     tree = cast("dict[str, Any]", records.setting("learner.algo", {}))
     algo = AlgoSection.model_validate(tree)
-    kind = algo.discrepancy.kind
     mask = None
-    if kind in ("icepop", "mask"):
-        low, high = algo.discrepancy.bounds()
-        mask = (math.log(max(low, 1e-9)), math.log(high))
-    clip = (math.log1p(-min(algo.clip.low, 1 - 1e-9)), math.log1p(algo.clip.high))
-    return Regions(mask, clip, kind)
+    for spec in algo.corrections:
+        if isinstance(spec, IcePop | TokenMask):
+            mask = (math.log(max(spec.low, 1e-9)), math.log(spec.high))
+    low, high = algo.settings().clip_bounds
+    clip = (math.log1p(-min(low, 1 - 1e-9)), math.log1p(high))
+    return Regions(mask, clip, ", ".join(spec.kind for spec in algo.corrections) or "none")
 
 
 def smoothed(values: F8, window: int) -> F8:

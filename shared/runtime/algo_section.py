@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from shared.algo.objective import DISCREPANCY_BOUNDS, Objective
+from shared.algo.correction_list import DEFAULT_CORRECTIONS
+from shared.algo.correction_specs import CorrectionSpec
+from shared.algo.kl_spec import KlSpec
+from shared.algo.objective import Objective
+from shared.algo.objective_specs import ObjectiveSpec, Ppo
+from shared.algo.presets import PRESETS
 from shared.runtime.sections import Section
 
 
-class DiscrepancySection(Section):
-    """Correction on D = exp(old - sampler log-prob), the same version in two engines."""
-
-    kind: Literal["icepop", "tis", "mask", "none"] = "icepop"
-    low: float | None = None
-    """None: the kind's default (icepop 0.5, mask 0.5, tis 0)."""
-    high: float | None = None
-    """None: the kind's default (icepop 5, mask 2, tis 2)."""
-
-    def bounds(self) -> tuple[float, float]:
-        """Return (low, high) with the kind's defaults filled in.
-
-        Raises:
-            ValueError: bounds for a kind that has none.
-        """
-        default = DISCREPANCY_BOUNDS[self.kind]
-        if default is None:
-            if self.low is not None or self.high is not None:
-                raise ValueError(
-                    f"discrepancy: kind {self.kind} takes no bounds; remove low and high"
-                )
-            return 0.0, float("inf")
-        low, high = default
-        return (low if self.low is None else self.low, high if self.high is None else self.high)
-
-
-class ClipSection(Section):
-    """Trust region on S = exp(current - old log-prob), two versions in the same engine."""
-
-    low: float = 0.2
-    high: float = 0.28
-    dual: float | None = 3.0
-
-
 class AlgoSection(Section):
-    """Advantage, corrections, clip and aggregation (docs/algorithms.md)."""
+    """Advantage, corrections, objective and aggregation (docs/algorithms.md)."""
 
+    preset: str = ""
+    """A documented combination by the field's name; keys given beside it take precedence."""
     advantage: Literal["dr_grpo", "grpo", "rloo"] = "dr_grpo"
-    discrepancy: DiscrepancySection = DiscrepancySection()
-    veto: float | None = 1e-4
-    """Drop a trajectory with a loss token of D below; null: off."""
-    clip: ClipSection = ClipSection()
+    corrections: tuple[Annotated[CorrectionSpec, Field(discriminator="kind")], ...] = (
+        DEFAULT_CORRECTIONS
+    )
+    """On D = exp(old - sampler log-prob), the same version in two engines; any order."""
+    objective: Annotated[ObjectiveSpec, Field(discriminator="kind")] = Ppo()
+    """On S = exp(current - old log-prob), two versions in the same engine."""
+    kl: KlSpec = KlSpec()
+    """To the model that the run began with."""
     entropy_bonus: float = 0.0
     aggregation: Literal[
         "token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "token_sum_constant",
@@ -60,32 +37,36 @@ class AlgoSection(Section):
     """Denominators are global counts before rejection."""
     horizon: float | None = None
     """The constant of the two `*_constant` aggregations, in tokens."""
-    kl_coef: float = Field(default=0.0)
-    """Reserved for KL to a reference model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        keys = cast("dict[str, Any]", given)
+        name = keys.get("preset")
+        if not name:
+            return keys
+        if name not in PRESETS:
+            raise ValueError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+        return {**PRESETS[name], **keys}
 
     @model_validator(mode="after")
     def _not_degenerate(self) -> Self:
-        if self.kl_coef != 0:
-            raise ValueError("kl_coef: no reference model is served yet; set kl_coef: 0.0")
-        self.objective()
+        self.settings()
         return self
 
-    def objective(self) -> Objective:
+    def settings(self) -> Objective:
         """Return the settings of `shared.algo.policy_loss.PolicyLoss`.
 
         Raises:
             ValueError: degenerate settings, naming the key and the fix; validation has already
                 turned these into a ConfigError.
         """
-        low, high = self.discrepancy.bounds()
         return Objective(
-            discrepancy=self.discrepancy.kind,
-            discrepancy_low=low,
-            discrepancy_high=high,
-            veto=self.veto,
-            clip_low=self.clip.low,
-            clip_high=self.clip.high,
-            dual=self.clip.dual,
+            corrections=self.corrections,
+            objective=self.objective,
+            kl=self.kl,
             entropy_bonus=self.entropy_bonus,
             aggregation=self.aggregation,
             horizon=self.horizon,

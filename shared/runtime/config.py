@@ -85,7 +85,7 @@ def describe(error: ValidationError) -> str:
     problems: list[str] = []
     for problem in error.errors(include_url=False):
         where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             problems.append(f"`{where}` is not a known key")
         else:
             message = str(problem["msg"]).removeprefix("Value error, ")

@@ -158,6 +158,9 @@ class OldLogprobsSection(Section):
     """Of the two EWMA routes; null: the route's own defaults."""
     score_timeout_s: float = Field(default=120.0, gt=0)
     """A trajectory unscored for so long, while an oracle lives, counts as failed."""
+    fence_timeout_s: float = Field(default=30.0, gt=0)
+    """How long interrupt waits for env agents to hand in what they sampled. What is missing then
+    can never be scored: its tokens leave the loss, counted."""
     shadow: tuple[Literal["current_recompute"], ...] = ("current_recompute",)
     """Further routes computed beside it and compared, never trained on."""
 

@@ -5,10 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.algo.composition import compose
 from shared.algo.corrections import (
-    DISCREPANCIES,
     Layout,
-    correct,
     icepop,
     kl_mask,
     kpop_mask,
@@ -22,7 +21,6 @@ from shared.algo.corrections import (
     veto,
     weight_mean,
 )
-from shared.algo.objective import DISCREPANCY_BOUNDS
 
 D = torch.tensor([0.25, 0.5, 1.0, 2.0, 5.0, 8.0], dtype=torch.float64)
 
@@ -154,7 +152,7 @@ def test_masks_come_from_untruncated_ratios_and_the_original_mask():
     # token 0 is rejected as too high; its D of 5e-5 elsewhere in the sequence must still veto,
     # and truncation to [0, 2] must not hide the 9 from a mask.
     log_d = torch.tensor([9.0, 5e-5, 1.0], dtype=torch.float64).log()
-    verdict = correct(log_d, layout(2, 1), kind="icepop", low=0.5, high=5.0, veto_below=1e-4)
+    verdict = compose([{"kind": "icepop"}, {"kind": "veto"}]).apply(log_d, layout(2, 1))
     assert {k: v.tolist() for k, v in verdict.rejected.items()} == {
         "token_low": [False, True, False],
         "token_high": [True, False, False],
@@ -165,7 +163,7 @@ def test_masks_come_from_untruncated_ratios_and_the_original_mask():
 
 @given(
     st.lists(st.floats(-30, 30), min_size=1, max_size=12),
-    st.sampled_from(sorted(DISCREPANCIES)),
+    st.sampled_from(["icepop", "tis", "token_mask"]),
     st.floats(0.0, 0.9),
     st.floats(1.1, 10.0),
 )
@@ -173,7 +171,8 @@ def test_every_kind_keeps_weights_finite_and_leaves_agreement_alone(
     values: list[float], kind: str, low: float, high: float
 ):
     log_d = torch.tensor([*values, 0.0], dtype=torch.float64)
-    verdict = correct(log_d, layout(len(log_d)), kind=kind, low=low, high=high)
+    entry = {"kind": kind, "low": low, "high": high}
+    verdict = compose([entry]).apply(log_d, layout(len(log_d)))
     assert torch.isfinite(verdict.weight_T).all()
     assert (verdict.weight_T >= 0).all()
     assert verdict.weight_T[-1] == 1.0
@@ -183,7 +182,3 @@ def test_every_kind_keeps_weights_finite_and_leaves_agreement_alone(
     assert not rejected[-1]
     if kind in ("icepop", "tis"):
         assert verdict.weight_T[~rejected].max() <= high
-
-
-def test_every_configurable_kind_has_bounds_and_a_function():
-    assert DISCREPANCIES.keys() == DISCREPANCY_BOUNDS.keys()

@@ -10,8 +10,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from shared.algo.composition import compose
 from shared.algo.correction_list import DEFAULT_CORRECTIONS, spec_from
 from shared.algo.correction_specs import LOG_BOUND, SPECS, CorrectionSpec, IcePop, Tis, Veto
-from shared.algo.corrections import correct
 from shared.algo.layout import Layout
+from shared.algo.objective import Objective
 from shared.algo.ratios import SAFETY_BOUND
 
 # D of two sequences: 8 and 5e-5 in the first
@@ -95,13 +95,8 @@ def test_weights_that_are_all_zero_stay_finite(empty: Layout):
     assert composition.apply(log_d, empty).weight_T.tolist() == [0.0] * 6
 
 
-def test_the_default_list_is_what_the_objective_has_today():
-    verdict = compose(DEFAULT_CORRECTIONS).apply(LOG_D, LAYOUT)
-    today = correct(LOG_D, LAYOUT, kind="icepop", low=0.5, high=5.0, veto_below=1e-4)
-    assert torch.equal(verdict.weight_T, today.weight_T)
-    assert {c: w.tolist() for c, w in verdict.rejected.items()} == {
-        c: w.tolist() for c, w in today.rejected.items()
-    }
+def test_the_default_list_is_the_objectives_and_an_empty_one_weighs_by_the_ratio():
+    assert Objective().corrections == DEFAULT_CORRECTIONS
     assert compose([]).apply(LOG_D, LAYOUT).weight_T.tolist() == pytest.approx(LOG_D.exp().tolist())
 
 

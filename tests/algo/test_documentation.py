@@ -4,8 +4,10 @@ from pathlib import Path
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "algorithms.md"
 MODULES = (
-    "advantages", "corrections", "diagnostics", "logprobs", "losses", "policy_loss", "ratios",
-    "version_scoring",
+    "advantages", "composition", "corrections", "diagnostics", "divergence_objectives", "ewma",
+    "ewma_control", "four_policy", "kl", "logprobs", "losses", "objective_terms", "policy_loss",
+    "proximal", "ratios", "route_health", "segments", "sequence_objectives",
+    "staleness_objectives", "turn_credit", "version_scoring",
 )  # fmt: skip
 
 

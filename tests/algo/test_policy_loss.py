@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from shared.algo.batching import PackedBatch, pack
+from shared.algo.correction_specs import IcePop, Veto
 from shared.algo.losses import Denominators
 from shared.algo.objective import Objective
+from shared.algo.objective_specs import Ppo
 from shared.algo.policy_loss import PER_TOKEN, PolicyLoss, count
 
 NOW = 6
@@ -51,16 +53,20 @@ def by_hand(batch: PackedBatch, l_T: torch.Tensor, want: Objective) -> float:
     owner = [i for i, n in enumerate(batch.lengths) for _ in range(n)]
     d = [math.exp(o - i) for o, i in zip(p["old_logprobs"], p["sampler_logprobs"], strict=True)]
     tokens = [t for t in range(batch.num_tokens) if p["loss_mask"][t]]
-    vetoed = {owner[t] for t in tokens if want.veto is not None and d[t] < want.veto}
+    mask = next((c for c in want.corrections if isinstance(c, IcePop)), None)
+    vetoes = [c.below for c in want.corrections if isinstance(c, Veto)]
+    clip = want.objective
+    assert isinstance(clip, Ppo)
+    vetoed = {owner[t] for t in tokens for below in vetoes if d[t] < below}
     total = 0.0
     for t in tokens:
-        if owner[t] in vetoed or not want.discrepancy_low <= d[t] <= want.discrepancy_high:
+        if owner[t] in vetoed or (mask and not mask.low <= d[t] <= mask.high):
             continue
         s, a = math.exp(l_T[t].item() - p["old_logprobs"][t]), p["advantages"][t]
-        clipped = min(max(s, 1 - want.clip_low), 1 + want.clip_high)
+        clipped = min(max(s, 1 - clip.low), 1 + clip.high)
         loss = -min(s * a, clipped * a)
-        if a < 0 and want.dual is not None:
-            loss = min(loss, -want.dual * a)
+        if a < 0 and clip.dual is not None:
+            loss = min(loss, -clip.dual * a)
         total += d[t] * loss
     return total / len(tokens)
 

@@ -16,6 +16,7 @@ import torch
 from shared.algo import diagnostics
 from shared.algo.batching import PackedBatch, pack
 from shared.algo.objective import Objective
+from shared.algo.objective_specs import Ppo
 from shared.algo.policy_loss import PolicyLoss, count
 from shared.algo.version_scoring import parts_by_version
 from shared.backends.torch_backend import TorchBackend
@@ -397,7 +398,7 @@ def test_t8_without_staleness_the_ratio_is_exactly_one_and_routes_agree(world: W
 def test_t9_without_masks_and_clips_the_gradient_does_not_depend_on_the_old_log_probs(
     world: World,
 ):
-    free = Objective(discrepancy="none", veto=None, clip_low=1.0, clip_high=1e9, dual=None)
+    free = Objective(corrections=(), objective=Ppo(low=1.0, high=1e9, dual=None))
     exact = route(world.follower, world.history, world.played)
     noise = [row + 0.5 * torch.randn_like(row) for row in exact]
     _, grads = gradients(world, training_batch(world, exact), free)

@@ -186,7 +186,7 @@ def test_k3_by_age_is_the_token_weighted_mean_over_the_run(run_dir: Path) -> Non
 def test_the_regions_follow_the_configuration(tmp_path: Path) -> None:
     run_dir = build(Spec(versions=1)).write(tmp_path / "run")
     values = (run_dir / "resolved.yaml").read_text()
-    algo = "    algo: {discrepancy: {kind: tis}, clip: {low: 0.5, high: 0.5}}\n"
+    algo = "    algo: {corrections: [{kind: tis}], objective: {kind: ppo, low: 0.5, high: 0.5}}\n"
     (run_dir / "resolved.yaml").write_text(values.replace("  learner:\n", f"  learner:\n{algo}", 1))
     region = regions(load(run_dir))
     assert region.mask is None

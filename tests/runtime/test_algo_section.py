@@ -4,8 +4,11 @@ from typing import Any, get_args
 
 import pytest
 
-from shared.algo.objective import AGGREGATION_MODES, DISCREPANCY_BOUNDS, Objective
-from shared.runtime.algo_section import AlgoSection, DiscrepancySection
+from shared.algo.correction_specs import SPECS, IcePop, Veto
+from shared.algo.objective import AGGREGATION_MODES, Objective
+from shared.algo.objective_specs import OBJECTIVE_SPECS, Ppo
+from shared.algo.presets import PRESETS
+from shared.runtime.algo_section import AlgoSection
 from shared.runtime.config import load
 from shared.runtime.errors import ConfigError
 from shared.runtime.sections import CommonConfig
@@ -16,41 +19,39 @@ class Config(CommonConfig):
 
 
 def test_the_defaults_are_those_of_the_reference():
-    assert AlgoSection().objective() == Objective(
-        discrepancy="icepop",
-        discrepancy_low=0.5,
-        discrepancy_high=5.0,
-        veto=1e-4,
-        clip_low=0.2,
-        clip_high=0.28,
-        dual=3.0,
+    assert AlgoSection().settings() == Objective(
+        corrections=(IcePop(low=0.5, high=5.0), Veto(below=1e-4)),
+        objective=Ppo(low=0.2, high=0.28, dual=3.0),
         entropy_bonus=0.0,
         aggregation="token_mean",
         horizon=None,
     )
     assert AlgoSection().advantage == "dr_grpo"
-    assert AlgoSection().objective() == Objective()
+    assert AlgoSection().settings() == Objective()
 
 
 @pytest.mark.parametrize(
     ("tree", "names"),
     [
-        ({"discrepancy": {"low": 1.5}}, "discrepancy.*must contain 1.*use low"),
-        ({"discrepancy": {"kind": "mask", "low": 0.5, "high": 1.0}}, "must contain 1"),
-        ({"discrepancy": {"kind": "tis", "high": 0.5}}, "must contain 1.*use low"),
-        ({"discrepancy": {"kind": "none", "low": 0.1}}, "takes no bounds; remove"),
-        ({"discrepancy": {"kind": "icepopp"}}, "discrepancy.kind"),
-        ({"veto": 1.0}, "veto.*use 1e-4"),
-        ({"veto": 0}, "veto.*null"),
-        ({"clip": {"low": 0}}, r"clip\.low.*use 0\.2"),
-        ({"clip": {"low": 1.2}}, r"clip\.low"),
-        ({"clip": {"high": 0}}, r"clip\.high.*use 0\.28"),
-        ({"clip": {"dual": 1.0}}, r"clip\.dual.*null"),
+        ({"corrections": [{"kind": "icepop", "low": 1.5}]}, "must contain 1.*use low"),
+        ({"corrections": [{"kind": "token_mask", "high": 1.0}]}, "must contain 1"),
+        ({"corrections": [{"kind": "tis", "high": 0.5}]}, "must contain 1.*use low"),
+        ({"corrections": [{"kind": "icepopp"}]}, "corrections"),
+        ({"corrections": [{"kind": "icepop", "lo": 0.1}]}, "lo.* is not a known key"),
+        ({"corrections": [{"kind": "veto", "below": 1.0}]}, "veto"),
+        ({"corrections": [{"kind": "tis"}, {"kind": "seq_tis"}]}, "contradict; keep one"),
+        ({"corrections": [{"kind": "tis"}], "objective": {"kind": "m2po"}}, "has no effect"),
+        ({"objective": {"kind": "ppo", "low": 0}}, r"objective\.low.*use 0\.2"),
+        ({"objective": {"kind": "ppo", "low": 1.2}}, r"objective\.low"),
+        ({"objective": {"kind": "ppo", "high": 0}}, r"objective\.high.*use 0\.28"),
+        ({"objective": {"kind": "ppo", "dual": 1.0}}, r"objective\.dual"),
+        ({"objective": {"kind": "ppoo"}}, "objective"),
         ({"entropy_bonus": -0.1}, "entropy_bonus.*use 0"),
         ({"aggregation": "seq_mean_constant"}, "horizon: set it"),
         ({"horizon": 100}, "horizon.*only then"),
         ({"aggregation": "token_sum_constant", "horizon": -1}, "horizon.*not positive"),
-        ({"kl_coef": 0.1}, "kl_coef.*set kl_coef: 0.0"),
+        ({"kl": {"coefficient": -0.1}}, r"kl\.coefficient.*use 0"),
+        ({"preset": "gspoo"}, "preset: 'gspoo' is none of .*gspo"),
         ({"clipp": {}}, "algo.clipp. is not a known key"),
     ],
 )
@@ -61,26 +62,36 @@ def test_a_degenerate_setting_is_refused_with_key_and_fix(tree: dict[str, Any], 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", DISCREPANCY_BOUNDS)
-def test_every_kind_works_with_its_default_bounds(kind: Any):
-    section = AlgoSection(discrepancy=DiscrepancySection(kind=kind))
-    assert section.objective().discrepancy == kind
-    if DISCREPANCY_BOUNDS[kind]:
-        bounds = (section.objective().discrepancy_low, section.objective().discrepancy_high)
-        assert bounds == DISCREPANCY_BOUNDS[kind]
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_valid_section_and_gives_way_to_explicit_keys(name: str):
+    preset = load(Config, {"algo": {"preset": name}}).algo
+    assert [spec.kind for spec in preset.corrections] == [
+        entry["kind"] for entry in PRESETS[name]["corrections"]
+    ]
+    assert preset.objective.kind == PRESETS[name]["objective"]["kind"]
+    other = load(Config, {"algo": {"preset": name, "corrections": []}}).algo
+    assert other.corrections == ()
+
+
+@pytest.mark.parametrize("kind", OBJECTIVE_SPECS)
+def test_every_objective_can_be_configured_by_its_name(kind: str):
+    section = load(Config, {"algo": {"objective": {"kind": kind}, "corrections": []}}).algo
+    assert section.settings().objective == OBJECTIVE_SPECS[kind]()
+
+
+def test_every_correction_can_be_configured_by_its_name():
+    for kind, cls in SPECS.items():
+        needed: dict[str, float] = {"high": 0.01} if kind == "kpop" else {}
+        entries = [{"kind": kind, **needed}]
+        if kind == "self_normalise":
+            entries.append({"kind": "tis"})
+        (first, *_) = load(Config, {"algo": {"corrections": entries}}).algo.corrections
+        assert isinstance(first, cls)
 
 
 def test_the_names_in_the_section_are_the_registered_ones():
-    kinds = get_args(DiscrepancySection.model_fields["kind"].annotation)
-    assert set(kinds) == set(DISCREPANCY_BOUNDS)
     modes = get_args(AlgoSection.model_fields["aggregation"].annotation)
     assert modes == AGGREGATION_MODES
-
-
-@pytest.mark.parametrize(("key", "value"), [("discrepancy", "x"), ("aggregation", "mean")])
-def test_an_objective_built_by_hand_is_checked_too(key: str, value: str):
-    with pytest.raises(ValueError, match=value):
-        Objective(**{key: value})
 
 
 def test_the_section_imports_no_torch():
