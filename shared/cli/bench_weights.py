@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -83,7 +84,7 @@ class _Bench:
 
     def measure(self, case: Case) -> dict[str, Any]:
         """Return a case's row."""
-        load = OtherLoad()
+        load, started = OtherLoad(), time.perf_counter()
         row: dict[str, Any] = {
             "case": case.name,
             "dtype": case.dtype,
@@ -96,7 +97,7 @@ class _Bench:
             row |= self._publication(case, job)
         except _PartFailed as failure:
             row["error"] = str(failure)
-        row["others_cpu_ratio"] = load.ratio()
+        row |= {"others_cpu_ratio": load.ratio(), "seconds": time.perf_counter() - started}
         return row
 
     def _publication(self, case: Case, job: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def full() -> list[Case]:
         Case("1gb-1pct", num_elements=GB // 2, change_ratio=0.01, publications=5),
         Case("1gb-5pct", num_elements=GB // 2, change_ratio=0.05, repetitions=3),
         Case("2gb-1pct", num_elements=GB, change_ratio=0.01, joins=("store", "bus")),
-        Case("2gb-5pct", num_elements=GB, change_ratio=0.05, repetitions=3),
+        Case("2gb-5pct", num_elements=GB, change_ratio=0.05, repetitions=3, publications=2),
     ]
 
 
