@@ -17,12 +17,8 @@ from shared.runtime.bus import CoreMessage, Subscription
 from shared.runtime.context import Context
 from shared.wire.codec import decode, encode
 from shared.wire.errors import WireError
-from shared.wire.fencing import PartialTrajectory
+from shared.wire.fencing import FENCE_GENERATION, FENCE_INTERRUPTED, PartialTrajectory
 from shared.wire.weights import Control
-
-GENERATION = "fence_generation"
-INTERRUPTED = "fence_interrupted"
-"""Gauges of the lease: the newest generation acknowledged, the turns interrupted for it."""
 
 _POLL_S = 0.2
 _WINDOW = 32
@@ -65,7 +61,7 @@ class Fencing:
 
     async def run(self, collect: Collect) -> None:
         """Perform every new generation, for ever."""
-        acknowledged = self._context.gauges[GENERATION]
+        acknowledged = self._context.gauges[FENCE_GENERATION]
         while True:
             try:
                 async with asyncio.timeout(_POLL_S):
@@ -102,8 +98,8 @@ class Fencing:
             await bus.append(bus.subjects.partial(partial.ticket_id), encode(partial))
 
     def _acknowledge(self, generation: int, interrupted: int) -> None:
-        self._context.gauges[GENERATION] = float(generation)
-        self._context.gauges[INTERRUPTED] = float(interrupted)
+        self._context.gauges[FENCE_GENERATION] = float(generation)
+        self._context.gauges[FENCE_INTERRUPTED] = float(interrupted)
         self._context.lease_due.set()
 
     # --- the document

@@ -213,6 +213,11 @@ class Desk:
                 )
             self._release(group_id, trained=False)
 
+    def batch_is_played(self) -> bool:
+        """Return whether a step could start if everything played were scored."""
+        hold = self._config.admission.on_stale == "hold"
+        return bool(self.admission.choose(self.staging.played_groups, hold=hold))
+
     def next_groups(self) -> list[CompleteGroup]:
         """Return the groups of the next batch, oldest first, or none when a step may not start."""
         hold = self._config.admission.on_stale == "hold"

@@ -19,6 +19,7 @@ from services.learner.config import LearnerConfig
 from services.learner.decision import decide_batch
 from services.learner.desk import Desk
 from services.learner.evaluation import EvaluationRound
+from services.learner.fencing import FenceReport, Fencing
 from services.learner.items import build_items
 from services.learner.journal import evaluation_group
 from services.learner.journal_log import JournalLog
@@ -61,6 +62,7 @@ class Learner:
         route: OldLogprobRoute,
         positions: Positions,
         reference: Reference | None = None,
+        fencing: Fencing | None = None,
     ) -> None:
         self._context = context
         self._config = config
@@ -71,6 +73,9 @@ class Learner:
         self._route = route
         self._positions = positions
         self._reference = reference
+        self._fencing = fencing
+        self._fence_report: FenceReport | None = None
+        """Of the step under way."""
         self._store = CheckpointStore(
             Path(config.run.dir) / "checkpoints", config.learner.checkpoint.keep, context.log
         )
@@ -157,6 +162,8 @@ class Learner:
         self._desk.admission.version = self.version
         await self._positions.start_at_end()
         await self._recovery.adopt_open_tickets()
+        if self._fencing is not None:
+            await self._fencing.resume(self.version)
         self._context.set_version(self.version)
 
     async def _last_report(self) -> int:
@@ -216,12 +223,24 @@ class Learner:
             self._desk.changed.clear()
             if self._config.admission.on_stale == "drop":
                 await self._desk.drop_stale()
-            groups = self._desk.next_groups()
+            groups = await self._fenced_groups() if self._fencing else self._desk.next_groups()
             if groups:
                 self._wait_s = time.perf_counter() - waiting_since
                 return groups
             await self._changed_or_stopped()
         return []
+
+    async def _fenced_groups(self) -> list[CompleteGroup]:
+        """Have everything scored that this version sampled before a step may leave it."""
+        assert self._fencing is not None
+        if not self._desk.batch_is_played():
+            return []
+        digest = self._publication.head_digest
+        self._fence_report = await self._fencing.run(self.version, digest)
+        groups = self._desk.next_groups() if self._fence_report else []
+        if not groups:
+            await self._fencing.lower(self.version)
+        return groups
 
     async def _changed_or_stopped(self) -> None:
         changed = asyncio.ensure_future(self._desk.changed.wait())
@@ -255,6 +274,8 @@ class Learner:
             self._desk.admission.publish(self.version)
             self._context.set_version(self.version)
             self._desk.changed.set()
+            if self._fencing is not None:
+                await self._fencing.published()
         if self.version > self._reported:
             self._context.count("old_logprobs_s", old.cost.seconds)
             self._context.count("fallback_tokens", old.fallback_tokens)

@@ -62,6 +62,12 @@ class Publication:
         manifest = self._publisher.head
         return -1 if manifest is None else manifest.version
 
+    @property
+    def head_digest(self) -> str:
+        """Digest of the newest committed version, empty when nothing is published."""
+        manifest = self._publisher.head
+        return "" if manifest is None else manifest.digest
+
     async def start(self) -> None:
         """Read the head of the manifest log: what the next version is appended to."""
         await self._publisher.start()

@@ -19,9 +19,11 @@ from typing import Literal, cast
 import msgpack
 import torch
 
+from services.learner.completing import Completer
 from services.learner.config import LearnerConfig
 from services.learner.deadlines import Pauses, deadline_terminal, overdue
 from services.learner.desk import Desk
+from services.learner.fencing import Fencing
 from services.learner.journal_log import JournalLog
 from services.learner.keyframing import Keyframing
 from services.learner.learner import Learner
@@ -157,6 +159,7 @@ class _Shell:
             context, config, self._journal, source, needs_scores=self._route.waits_for_scores
         )
         self._positions = Positions(context.bus)
+        self._fencing = self._make_fencing(backend) if self._route.needs_fence else None
         self._keyframing = Keyframing(context, self._publisher, self._board)
         self._learner = Learner(
             context,
@@ -176,11 +179,31 @@ class _Shell:
             self._route,
             self._positions,
             make_reference(config),
+            self._fencing,
         )
         self._phase: Literal["running", "draining", "done"] = "running"
         self._pauses = Pauses()
         self._waited_s: dict[str, float] = {}
         """Seconds an unscored trajectory has waited while an oracle was there."""
+
+    def _make_fencing(self, backend: TorchBackend) -> Fencing:
+        config, section = self._config, self._config.old_logprobs
+        return Fencing(
+            self._context,
+            self._desk,
+            self._positions,
+            self._board,
+            Completer(
+                backend,
+                num_vocab=backend.vocab_size,
+                layout=section.layout,
+                temperature=config.sampling.temperature,
+                pack_tokens=config.learner.optimizer.micro_batch_tokens,
+            ),
+            self._put_control,
+            timeout_s=section.fence_timeout_s,
+            expiry_s=config.telemetry.lease_expiry_s,
+        )
 
     async def run(self) -> None:
         await self._board.start()
@@ -200,7 +223,7 @@ class _Shell:
                 group.create_task(loop)
                 for loop in (
                     self._read_terminals(),
-                    *([self._read_scores()] if self._route.waits_for_scores else []),
+                    *([self._read_scores()] if self._reads_scores else []),
                     self._issue(),
                     self._evaluate_progress(),
                     self._tick(),
@@ -216,6 +239,11 @@ class _Shell:
         await self._put_control()
 
     # --- arrivals
+    @property
+    def _reads_scores(self) -> bool:
+        """Whether others store them; those of a fence are on the desk when they are stored."""
+        return self._route.waits_for_scores and self._fencing is None
+
     async def _read_terminals(self) -> None:
         async with aclosing(self._bus.read("terminals", self._positions.next["terminals"])) as log:
             async for records in log:
@@ -341,9 +369,13 @@ class _Shell:
             phase=self._phase,
             head_version=self._learner.version,
             oldest_needed=self._low_water_mark(),
+            generation=self._fencing.generation if self._fencing else 0,
+            min_version=self._fencing.min_version if self._fencing else 0,
             updated_at=time.time(),
         )
         await self._bus.put_control("control", encode(control))
+        if self._fencing is not None:
+            await self._bus.publish(self._bus.subjects.control, encode(control))
 
     async def _purge(self) -> None:
         """Drop what no retained checkpoint needs, as far as the recorder has archived it."""

@@ -30,6 +30,7 @@ class TerminalArrived:
     seq: int
     digest: str
     outcome: Outcome
+    attempt_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,21 @@ class Staging:
             if isinstance(terminal.outcome, Trajectory)
             and ticket not in self._scores
             and ticket not in self._lost
+        )
+
+    @property
+    def unscored(self) -> tuple[TerminalArrived, ...]:
+        """Trajectories that wait for their score."""
+        return tuple(self._terminals[ticket_id] for ticket_id in self.unscored_tickets)
+
+    @property
+    def played_groups(self) -> tuple[str, ...]:
+        """Groups that are complete, or will be with the scores of what was played."""
+        return tuple(
+            group_id
+            for group_id, group in self._groups.items()
+            if all(t in self._terminals for t in group.ticket_ids)
+            and any(self._played(t) for t in group.ticket_ids)
         )
 
     def floors(self, next_terminal: int, next_score: int) -> dict[str, int]:

@@ -227,4 +227,4 @@ def terminal_event(record: Record) -> TerminalArrived:
     except WireError as error:
         failure = Failure(reason="undecodable", detail=str(error))
         return TerminalArrived(ticket_id, record.seq, digest, failure)
-    return TerminalArrived(ticket_id, record.seq, digest, terminal.outcome)
+    return TerminalArrived(ticket_id, record.seq, digest, terminal.outcome, terminal.attempt_id)

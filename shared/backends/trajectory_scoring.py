@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,13 @@ LayoutKind = Literal["packed", "single"]
 Status = Literal["exact", "unverified", "approximate", "unscorable"]
 
 _WORST: tuple[Status, ...] = ("exact", "unverified", "approximate", "unscorable")
+
+
+class Played(Protocol):
+    """A trajectory, or what there is of one in progress."""
+
+    @property
+    def sequences(self) -> Many[Sequence]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +51,7 @@ class Piece:
     distribution, so that no forward of this version is their training-side twin."""
 
 
-def pieces_of(trajectory: Trajectory, *, kind: LayoutKind, temperature: float) -> tuple[Piece, ...]:
+def pieces_of(trajectory: Played, *, kind: LayoutKind, temperature: float) -> tuple[Piece, ...]:
     """Split a trajectory into what has to be forwarded.
 
     Args:
@@ -106,7 +113,7 @@ def score_dtype(dtype: torch.dtype) -> DType:
     return "f8" if dtype == torch.float64 else "f4"
 
 
-def objection(trajectory: Trajectory, num_vocab: int) -> str:
+def objection(trajectory: Played, num_vocab: int) -> str:
     """Return why no version can score this trajectory, empty when nothing speaks against it."""
     for index, sequence in enumerate(trajectory.sequences):
         token_ids = sequence.token_ids.numpy()

@@ -60,3 +60,10 @@ class PartialScores(Message):
     scores: tuple[TokenScores, ...]
     layout: Layout
     producer: str
+
+
+FENCE_GENERATION = "fence_generation"
+"""Gauge of an env agent's lease: the newest generation it has acknowledged."""
+
+FENCE_INTERRUPTED = "fence_interrupted"
+"""Gauge of an env agent's lease: the turns it interrupted for that generation."""

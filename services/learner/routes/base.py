@@ -70,6 +70,8 @@ class OldLogprobRoute(Protocol):
     exact: bool
     """Whether every number is that of the version stamped on the token."""
     waits_for_scores: bool
+    needs_fence: bool
+    """Whether everything sampled from a version must be scored before the learner leaves it."""
     proxy: Proxy | None
     """Computed by the loss from ℓ^inf and ℓ instead of what `at_step` returns."""
 
@@ -101,6 +103,7 @@ class RouteBase:
     """A route that carries nothing from step to step."""
 
     waits_for_scores = False
+    needs_fence = False
     proxy: Proxy | None = None
 
     def __init__(self, context: RouteContext) -> None:
