@@ -21,12 +21,19 @@ from services.learner.config import (
     OptimizerSection,
 )
 from services.learner.service import serve
+from shared.runtime.algo_section import AlgoSection
 from shared.runtime.context import Context
 from shared.runtime.errors import Conflict, Fatal
 from shared.runtime.logs import Log
 from shared.runtime.memory_bus import MemoryBus
 from shared.runtime.memory_server import MemoryServer
-from shared.runtime.sections import AdmissionSection, ModelSection, RunSection, TelemetrySection
+from shared.runtime.sections import (
+    AdmissionSection,
+    ModelSection,
+    OldLogprobsSection,
+    RunSection,
+    TelemetrySection,
+)
 from shared.wire.base import Array
 from shared.wire.codec import content_digest, decode, encode
 from shared.wire.journal import Batch, Disposed, Issued, JournalEntry, RunFinished
@@ -83,8 +90,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def config_for(model_dir: Path, run_dir: Path) -> LearnerConfig:
+def config_for(model_dir: Path, run_dir: Path, route: str = "oracle") -> LearnerConfig:
     return LearnerConfig(
+        old_logprobs=OldLogprobsSection(route=route),  # type: ignore[arg-type]
         run=RunSection(name="crash", seed=3, dir=str(run_dir)),
         model=ModelSection(source=str(model_dir)),
         admission=AdmissionSection(groups_per_version=2, group_size=3, max_staleness=2),
@@ -92,6 +100,8 @@ def config_for(model_dir: Path, run_dir: Path) -> LearnerConfig:
         learner=LearnerSection(
             versions=NUM_VERSIONS,
             optimizer=OptimizerSection(lr=1e-2, minibatches=2),
+            # the made-up sampler log-probs are far from any model's: a mask on D would take all
+            algo=AlgoSection() if route == "oracle" else AlgoSection(corrections=()),
             eval=EvalSection(episodes=4),
             checkpoint=CheckpointSection(every_versions=2, keep=2),
         ),
@@ -196,6 +206,27 @@ async def digests_of(server: MemoryServer) -> dict[int, str]:
     manifests = [decode(r.payload, Manifest) for r in records if r]
     assert [m.version for m in manifests] == list(range(len(manifests)))
     return {m.version: m.digest for m in manifests}
+
+
+ROUTES = (
+    "snapshot_old", "ewma_prox", "ppo_ewma_async", "interp_prox_loglinear", "interp_prox_linear",
+    "current_recompute", "rollout",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_learner_killed_on_any_route_derives_the_same_bytes_again(
+    route: str, model_dir: Path, tmp_path: Path, make: ModuleType
+) -> None:
+    """Whatever a route carries from step to step must come back with the checkpoint."""
+    server, config = MemoryServer(), config_for(model_dir, tmp_path, route)
+    async with players(server, make, laggard="1"):
+        assert await learn(server, config, "first", ("manifest", 4, "after"))
+        before = await digests_of(server)
+        assert not await learn(server, config, "second", None)
+    after = await digests_of(server)
+    assert {v: after[v] for v in before} == before
+    assert len(set(after.values())) == NUM_VERSIONS + 1
 
 
 CRASHES = [
