@@ -56,8 +56,10 @@ class FenceReport:
     completion: Completion
 
     def scalars(self) -> dict[str, float]:
-        """Figures of the step report."""
+        """Figures of the step report; its old log-probs cost the whole fence."""
         return {
+            "old_logprobs_s": self.fence_s + self.score_s,
+            "old_logprobs_forward_tokens": float(self.completion.forward_tokens),
             "fence_s": self.fence_s,
             "fence_score_s": self.score_s,
             "fence_acknowledged": float(len(self.fenced.acknowledged)),
@@ -320,7 +322,8 @@ class Fencing:
         scalars, fenced = report.scalars(), report.fenced
         self._context.count("fences")
         for name in (
-            "fence_s", "fence_score_s", "fence_excluded", "fence_silent", "interrupted_turns",
+            "old_logprobs_s", "fence_s", "fence_score_s", "fence_excluded", "fence_silent",
+            "interrupted_turns",
             "fence_scored_tokens", "fence_partial_tokens", "fence_unscorable_tokens",
         ):  # fmt: skip
             self._context.count(name, scalars[name])

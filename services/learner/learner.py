@@ -286,6 +286,7 @@ class Learner:
                 fallback_tokens=float(old.fallback_tokens),
                 **old.health,
             )
+            outcome.scalars.update(self._fence_report.scalars() if self._fence_report else {})
             report = self._report(batch, members, outcome, published, (started_at, trained_at))
             await self._context.bus.append(
                 self._context.bus.subjects.stats("step"),
