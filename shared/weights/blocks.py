@@ -36,7 +36,7 @@ from shared.wire.weights import TensorSpec
 CODEC = "blocks-1"
 """Name of this encoding in `Artefact.encoding`."""
 
-BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 21
 """Elements of a tensor that are coded together: what a core works on, and what memory is for."""
 
 PREFIX = struct.Struct("<4sI")
@@ -48,7 +48,7 @@ _RAW, _ZSTD = 0, 1
 
 _SMALL = 32
 """Streams up to so many bytes are stored raw: a zstd frame has a header and a checksum, too."""
-_SAMPLE = 4096
+_SAMPLE = 2048
 _WORTH = 0.9
 """What zstd does not take below this share is stored raw: that is cheaper on both sides."""
 

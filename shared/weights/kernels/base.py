@@ -46,7 +46,7 @@ class Coded:
     """Of bytes. `sparse8`: gap digits; `sparse16`: low and high bytes of the gap digits. Then, of
     both, the signs of the steps (1: negative; bit i of byte j is change 8j + i) and the W byte
     planes, low first, of their magnitudes less one, K each. `dense`: the W byte planes of all
-    steps in zigzag (0, -1, 1, -2, ...), N each."""
+    steps in zigzag (0, -1, 1, -2, ...), N each. A plane of zeros is empty."""
     digest_change: int
     """What the digest of the tensor gains (u64); 0 when unknown, as after decoding."""
 
@@ -109,11 +109,13 @@ def check_streams(coded: Coded, width: int, length: int) -> None:
     limits = stream_limits(coded.form, width, coded.count, length)
     sizes = [len(stream) for stream in coded.streams]
     num_gaps = len(limits) - width - 1 if coded.form != "dense" else 0
-    if (
-        len(sizes) != len(limits)
-        or sizes[num_gaps:] != limits[num_gaps:]
-        or any(size > limits[0] or size != sizes[0] for size in sizes[:num_gaps])
-    ):
+    fits = (
+        len(sizes) == len(limits)
+        and all(size == sizes[0] <= limits[0] for size in sizes[:num_gaps])
+        and sizes[num_gaps:-width] == limits[num_gaps:-width]
+        and all(size in (0, limits[-1]) for size in sizes[-width:])
+    )
+    if not fits:
         raise Corrupt("block", f"streams of {limits} bytes", f"{sizes}")
     if num_gaps and coded.count % 8 and coded.streams[num_gaps][-1] >> coded.count % 8:
         raise Corrupt("block", f"{coded.count} signs", "more")

@@ -22,12 +22,12 @@ from numba.extending import intrinsic
 
 from shared.weights.kernels.reference import INDEX_KEY, MASK, MIX_1, MIX_2
 
-STRIP_LINES = 128
+STRIP_LINES = 64
 """Cache lines of each state that are compared before their changes are looked at: they are still in
-the first-level cache then."""
+the first-level cache then, and fetching the next ones overlaps with that work."""
 
-SCAN_AHEAD = 64
-"""Cache lines of each state that are fetched ahead, so that the memory never waits for the rest."""
+SCAN_AHEAD = 32
+"""Cache lines of each state that are fetched ahead."""
 
 SCATTER_AHEAD = 128
 """Changes whose cache lines are fetched ahead."""
@@ -79,7 +79,7 @@ def _prefetch(typingctx, array, index):
         )
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, *(ir.Constant(_I32, n) for n in (0, 2, 1))])
+        builder.call(function, [pointer, *(ir.Constant(_I32, n) for n in (0, 3, 1))])
         return context.get_dummy_value()
 
     return types.void(array, types.int64), emit
@@ -180,26 +180,42 @@ def digest(bits, offset):
 
 
 @_compile
-def scan(old, new, offset, limit, positions, lines, masks, negative, planes, digits):
-    """Code the changes of one block, one strip after the other.
+def num_differing(old, new, stride):
+    """Return how many elements of each `stride`-th cache line differ, and how many were compared.
 
-    Inputs: the states old[N] and new[N], the flat index of their first element, and how many
-    changes to stop at. Outputs: positions u4, negative u1 (signs of the steps), planes u1[W] (of
-    their magnitudes less one), each with room for `limit` changes, a strip and two, and digits u1
-    (one-byte gap digits) with room for N / 255 more. Scratch: lines i8, masks u8, STRIP_LINES + 1.
-
-    Returns (K, number of digits, what the digest gains). When K > limit, no output means anything.
+    With a stride of 1 the rest that fills no line is compared, too.
     """
-    width = _width(old)
-    lanes = 64 // width
-    sign_shift = np.uint64(8 * width - 1)
-    count, num_digits, previous, gain = 0, 0, -1, _0
+    lanes = 64 // _width(old)
+    whole = len(old) // lanes * lanes
+    count, compared = 0, 0
+    for i in range(0, whole, stride * lanes):
+        count += _num_set(_differing(old, new, i))
+        compared += lanes
+    if stride == 1:
+        for i in range(whole, len(old)):
+            count += old[i] != new[i]
+        compared = len(old)
+    return count, compared
+
+
+@_compile
+def collect(old, new, offset, limit, positions, steps, digits, lines, masks):
+    """Find where old[N] and new[N] differ, the first at flat index `offset`.
+
+    Outputs, with room for `limit` changes, a strip and two: positions u4, ascending; steps of W
+    bytes; digits u1, the one-byte gap digits, with room for N / 255 more. Scratch: lines i8 and
+    masks u8, STRIP_LINES + 1 each.
+
+    Returns (K, number of digits, what the digest gains). When K > limit there are even more
+    changes, and nothing else means anything.
+    """
+    lanes = 64 // _width(old)
     whole = len(old) // lanes * lanes
     strip = STRIP_LINES * lanes
+    count, num_digits, previous, gained = 0, 0, -1, _0
     for start in range(0, len(old), strip):
-        stop = min(start + strip, whole)
         num_lines = 0
-        for i in range(start, stop, lanes):
+        for i in range(start, min(start + strip, whole), lanes):
             _prefetch(old, i + SCAN_AHEAD * lanes)
             _prefetch(new, i + SCAN_AHEAD * lanes)
             mask = _differing(old, new, i)
@@ -209,7 +225,6 @@ def scan(old, new, offset, limit, positions, lines, masks, negative, planes, dig
         first = count
         ahead = start + strip + SCAN_AHEAD * lanes
         for line in range(num_lines):
-            # Keeps the memory busy meanwhile.
             _prefetch(old, ahead)
             _prefetch(new, ahead)
             ahead += lanes
@@ -232,39 +247,31 @@ def scan(old, new, offset, limit, positions, lines, masks, negative, planes, dig
                 positions[count] = i
                 count += old[i] != new[i]
         for k in range(first, count):
-            position = np.int64(positions[k])
-            gap = position - previous - 1
-            previous = position
+            position = positions[k]
+            before, after = np.uint64(old[position]), np.uint64(new[position])
+            steps[k] = after - before
+            key = (np.uint64(offset) + np.uint64(position) + _1) * _KEY
+            gained += _hashed(key, after) - _hashed(key, before)
+            gap = np.int64(position) - previous - 1
+            previous = np.int64(position)
             while gap >= 255:
                 digits[num_digits] = 255
                 num_digits += 1
                 gap -= 255
             digits[num_digits] = gap
             num_digits += 1
-        for k in range(first, count):
-            position = positions[k]
-            before, after = np.uint64(old[position]), np.uint64(new[position])
-            step = after - before
-            sign = (step >> sign_shift) & _1
-            negative[k] = sign
-            magnitude = ((step ^ (_0 - sign)) + sign) - _1
-            for plane in range(width):
-                planes[plane, k] = magnitude >> np.uint64(8 * plane)
-            key = (np.uint64(offset) + np.uint64(position) + _1) * _KEY
-            gain += _hashed(key, after) - _hashed(key, before)
         if count > limit:
             break
-    return count, num_digits, gain
+    return count, num_digits, gained
 
 
 @_compile
 def wide_digits(positions, digits):
-    """Write the two-byte gap digits of positions[K] to digits[K + N // 65535]; return how many."""
+    """Write the two-byte gap digits u2 of positions[K]; return how many."""
     num_digits, previous = 0, -1
     for k in range(len(positions)):
-        position = np.int64(positions[k])
-        gap = position - previous - 1
-        previous = position
+        gap = np.int64(positions[k]) - previous - 1
+        previous = np.int64(positions[k])
         while gap >= 65535:
             digits[num_digits] = 65535
             num_digits += 1
@@ -275,15 +282,53 @@ def wide_digits(positions, digits):
 
 
 @_compile
-def places(digits, further, positions):
+def unsign(steps, negative):
+    """Turn steps [K] into magnitudes less one, in place, and write their signs u1[K].
+
+    Returns the union of the magnitudes' bits.
+    """
+    sign_shift = np.uint64(8 * _width(steps) - 1)
+    union = _0
+    for k in range(len(steps)):
+        step = np.uint64(steps[k])
+        sign = step >> sign_shift
+        negative[k] = sign
+        magnitude = ((step ^ (_0 - sign)) + sign) - _1
+        steps[k] = magnitude
+        union |= np.uint64(steps[k])
+    return union
+
+
+@_compile
+def zigzag(old, new, values):
+    """Write the steps from old[N] to new[N] in zigzag; return the union of their bits."""
+    sign_shift = np.uint64(8 * _width(old) - 1)
+    union = _0
+    for i in range(len(old)):
+        step = np.uint64(new[i]) - np.uint64(old[i])
+        values[i] = (step << _1) ^ (_0 - ((step >> sign_shift) & _1))
+        union |= np.uint64(values[i])
+    return union
+
+
+@_compile
+def cut(values, plane, out):
+    """Write a byte plane of values [K]."""
+    for k in range(len(values)):
+        out[k] = np.uint64(values[k]) >> np.uint64(8 * plane)
+
+
+@_compile
+def places(digits, positions):
     """Write the positions that gap digits mean; return (K, the last one), which are unchecked.
 
     `positions` is u4[number of digits + 1]; those beyond 2^32 wrap around, but not the last one.
     """
+    highest = (1 << (8 * _width(digits))) - 1
     count, position = 0, -1
     for k in range(len(digits)):
         digit = np.int64(digits[k])
-        is_end = np.int64(digit != further)
+        is_end = np.int64(digit != highest)
         position += digit + is_end
         positions[count] = position
         count += is_end
@@ -292,12 +337,14 @@ def places(digits, further, positions):
 
 @_compile
 def join(planes, values):
-    """Write the values [K] of W bytes that a tuple of byte planes [K] means."""
+    """Write the values [K] of W bytes that a tuple of byte planes [K] means; empty: all zero."""
     for k in range(len(values)):
-        value = _0
-        for plane in range(_width(values)):
-            value |= np.uint64(planes[plane][k]) << np.uint64(8 * plane)
-        values[k] = value
+        values[k] = 0
+    for plane in range(_width(values)):
+        part = planes[plane]
+        if len(part):
+            for k in range(len(values)):
+                values[k] |= np.uint64(part[k]) << np.uint64(8 * plane)
 
 
 @_compile
@@ -310,12 +357,19 @@ def signed(values, negative, reverse):
 
 
 @_compile
-def scatter(state, positions, count, steps, offset, before, after):
-    """Add steps[K] to the state at positions[K + SCATTER_AHEAD]; return what the digest gains.
+def gain(positions, before, after, offset):
+    """Return what the digest gains when elements [K] go from `before` to `after`."""
+    total = _0
+    for k in range(len(before)):
+        key = (np.uint64(offset) + np.uint64(positions[k]) + _1) * _KEY
+        total += _hashed(key, after[k]) - _hashed(key, before[k])
+    return total
 
-    `before` and `after` are scratch [K] of W bytes.
-    """
-    for k in range(count):
+
+@_compile
+def scatter(state, positions, steps, before, after):
+    """Add steps[K] to the state at positions[K + SCATTER_AHEAD]; note elements before and after."""
+    for k in range(len(steps)):
         _prefetch(state, np.int64(positions[k + SCATTER_AHEAD]))
         position = positions[k]
         old = state[position]
@@ -323,26 +377,6 @@ def scatter(state, positions, count, steps, offset, before, after):
         before[k] = old
         after[k] = new
         state[position] = new
-    gain = _0
-    for k in range(count):
-        key = (np.uint64(offset) + np.uint64(positions[k]) + _1) * _KEY
-        gain += _hashed(key, after[k]) - _hashed(key, before[k])
-    return gain
-
-
-@_compile
-def cut_zigzag(old, new, planes):
-    """Write the byte planes u1[W, N] of the zigzag steps; return how many are not zero."""
-    count = 0
-    width = _width(old)
-    sign_shift = np.uint64(8 * width - 1)
-    for i in range(len(old)):
-        step = np.uint64(new[i]) - np.uint64(old[i])
-        count += old[i] != new[i]
-        zigzag = (step << _1) ^ (_0 - ((step >> sign_shift) & _1))
-        for plane in range(width):
-            planes[plane, i] = zigzag >> np.uint64(8 * plane)
-    return count
 
 
 @_compile

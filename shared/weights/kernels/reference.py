@@ -45,7 +45,7 @@ class ReferenceKernels:
             positions + offset, before
         )
         if count * DENSE_SHARE > length:
-            return Coded("dense", count, _planes(_zigzag(new - old)), change & MASK)
+            return Coded("dense", count, _value_planes(_zigzag(new - old)), change & MASK)
         form: Form = "sparse8" if count * WIDE_GAP >= length else "sparse16"
         streams = _gap_streams(positions, form) + _step_streams(after - before)
         return Coded(form, count, streams, change & MASK)
@@ -74,7 +74,8 @@ class ReferenceKernels:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
         """See `Kernels.steps`."""
         check_streams(coded, width, length)
-        values = _joined(coded.streams[-width:], width)
+        size = length if coded.form == "dense" else coded.count
+        values = _joined(coded.streams[-width:], size)
         if coded.form == "dense":
             positions = np.flatnonzero(values)
             if len(positions) != coded.count:
@@ -124,7 +125,7 @@ def _unzigzag(zigzag: Bits) -> Bits:
 def _step_streams(steps: Bits) -> list[Bytes]:
     negative = steps >> steps.dtype.type(8 * steps.itemsize - 1)
     magnitudes = (steps ^ (0 - negative)) + negative
-    return [np.packbits(negative.astype(bool), bitorder="little"), *_planes(magnitudes - 1)]
+    return [np.packbits(negative.astype(bool), bitorder="little"), *_value_planes(magnitudes - 1)]
 
 
 def _signed(magnitudes: Bits, signs: Bytes) -> Bits:
@@ -140,10 +141,18 @@ def _planes(values: Bits) -> list[Bytes]:
     return [np.ascontiguousarray(rows[:, i]) for i in range(values.itemsize)]
 
 
-def _joined(planes: list[Bytes], width: int) -> Bits:
-    """Undo `_planes`."""
-    rows = np.stack(planes, axis=1)
-    return rows.reshape(-1).view(np.dtype(f"<u{width}"))
+def _value_planes(values: Bits) -> list[Bytes]:
+    """Cut values [K] into their bytes; planes of zeros are empty."""
+    return [plane if plane.any() else plane[:0] for plane in _planes(values)]
+
+
+def _joined(planes: list[Bytes], count: int) -> Bits:
+    """Return the values [K] that planes mean; empty ones are zeros."""
+    rows = np.zeros((count, len(planes)), np.uint8)
+    for i, plane in enumerate(planes):
+        if len(plane):
+            rows[:, i] = plane
+    return rows.reshape(-1).view(np.dtype(f"<u{len(planes)}"))
 
 
 def _gap_streams(positions: npt.NDArray[np.int64], form: Form) -> list[Bytes]:
@@ -159,7 +168,7 @@ def _positions(coded: Coded, length: int) -> npt.NDArray[np.int64]:
     """Undo `_gap_streams`; refuses what it would not have written."""
     further = 255 if coded.form == "sparse8" else 65535
     num_gap_bytes = 1 if coded.form == "sparse8" else 2
-    digits = _joined(coded.streams[:num_gap_bytes], num_gap_bytes)
+    digits = _joined(coded.streams[:num_gap_bytes], len(coded.streams[0]))
     is_end = digits != further
     positions = (np.cumsum(digits + is_end.astype(np.int64)) - 1)[is_end]
     if len(positions) != coded.count or not is_end[-1]:
