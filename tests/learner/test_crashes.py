@@ -220,7 +220,7 @@ async def test_a_learner_killed_on_any_route_derives_the_same_bytes_again(
 ) -> None:
     """Whatever a route carries from step to step must come back with the checkpoint."""
     server, config = MemoryServer(), config_for(model_dir, tmp_path, route)
-    async with players(server, make, laggard="1"):
+    async with players(server, make):
         assert await learn(server, config, "first", ("manifest", 4, "after"))
         before = await digests_of(server)
         assert not await learn(server, config, "second", None)
