@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, Protocol, cast
 
 import msgpack
 from pydantic import Field, ValidationError
@@ -90,7 +90,7 @@ class Block:
 class _TensorHead(Part):
     name: str
     dtype: str
-    shape: tuple[int, ...] = Field(max_length=64)
+    shape: tuple[Annotated[int, Field(ge=0)], ...] = Field(max_length=64)
 
 
 class _Head(Part):

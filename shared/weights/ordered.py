@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ordered_map(work: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+def ordered_map(work: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R]:
     """Yield `work(item)` in the order of `items`, on `threads` threads.
 
     At most two items per thread are taken ahead of what was yielded, which bounds memory. When the

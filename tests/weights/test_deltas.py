@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import struct
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from shared.weights.blocks import BLOCK, PREFIX, TRAILER
 from shared.weights.deltas import BytesSource, DeltaReader, DeltaWriter
 from shared.weights.digests import specs, version_digest
 from shared.weights.errors import Corrupt, WrongBase
+from shared.weights.kernels import choice
 
 _CODES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "F8_E4M3", "F8_E5M2"]
 
@@ -77,10 +79,13 @@ def chains(draw):
 
 
 @settings(max_examples=100, deadline=None)
-@given(chains(), st.sampled_from([7, 16, 1 << 20]))
-def test_chains_are_bit_exact_forward_and_backward(versions, block_elements) -> None:
+@given(chains(), st.sampled_from([7, 16, 1 << 20]), st.sampled_from([32 << 20, -1]))
+def test_chains_are_bit_exact_forward_and_backward(
+    versions, block_elements: int, compiled_above: int
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_ELEMENTS", block_elements)
+        patch.setattr(choice, "COMPILED_BYTES", compiled_above)
         state, described, trail = _clone(versions[0]), specs(versions[0]), []
         for old, new in itertools.pairwise(versions):
             trail.append(deltas.encode(old, new))
@@ -393,18 +398,26 @@ def test_arbitrary_bytes_are_corrupt(data: bytes, with_prefix: bool) -> None:
         DeltaReader(BytesSource(data))
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.sampled_from([0, 1, 2]), st.integers(1, 300), st.binary(max_size=80), st.booleans())
-def test_arbitrary_bodies_are_refused_and_change_nothing(form, count, body, framed) -> None:
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(0, 2),
+    st.integers(1, 300),
+    st.lists(st.tuples(st.integers(0, 2), st.binary(max_size=40)), max_size=5),
+    st.sampled_from([32 << 20, -1]),
+)
+def test_arbitrary_bodies_are_refused_and_change_nothing(
+    form: int, count: int, streams, compiled_above: int
+) -> None:
     old, _, delta = _damaged_pair()
-    if framed:
-        body = b"".join(len(part).to_bytes(5, "big")[::-1][-1:] + b"" for part in [body]) + body
+    body = b"".join(struct.pack("<BI", packing, len(data)) + data for packing, data in streams)
     first = PREFIX.size + PREFIX.unpack_from(delta)[1]
     record = BLOCK.pack(1, 0, 300, count, form, len(body)) + body
     data = delta[:first] + record + delta[-TRAILER.size :]
     state = _clone(old)
-    with pytest.raises((Corrupt, WrongBase)):
-        _apply(state, data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "COMPILED_BYTES", compiled_above)
+        with pytest.raises((Corrupt, WrongBase)):
+            _apply(state, data)
     assert _same(state, old)
 
 

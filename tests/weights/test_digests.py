@@ -22,6 +22,7 @@ from shared.weights.digests import (
     updated,
     version_digest,
 )
+from shared.weights.kernels import choice
 
 _M = (1 << 64) - 1
 
@@ -102,6 +103,14 @@ def test_updating_from_a_patch_equals_hashing_the_new_tensor(size: int, seed: in
     before = tensor_digest(torch.from_numpy(old.view(np.int16)))
     after = updated(before, positions, old[positions], new[positions])
     assert after == tensor_digest(torch.from_numpy(new.view(np.int16)))
+
+
+def test_large_states_have_the_same_digests(make_state, monkeypatch) -> None:
+    state = make_state(0) | {"long": torch.randn(1001).to(torch.bfloat16)}
+    small, one = specs(state), tensor_digest(state["long"], offset=3)
+    monkeypatch.setattr(choice, "COMPILED_BYTES", -1)
+    assert specs(state) == small
+    assert tensor_digest(state["long"], offset=3) == one
 
 
 def test_contributions_of_all_elements_are_the_digest() -> None:
