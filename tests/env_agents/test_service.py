@@ -394,7 +394,7 @@ async def test_a_ticket_of_another_wire_major_is_handed_back_and_shows_in_readin
     bus: MemoryBus, rollout: StandInRollout
 ) -> None:
     async with serving(make_context(bus.server), make_config()) as context:
-        foreign = msgpack.packb({"w": [2, 0], "t": "Ticket", "b": {}})
+        foreign = msgpack.packb({"w": [99, 0], "t": "Ticket", "b": {}})
         await bus.append(SUBJECTS.ticket("newer"), foreign)
         await eventually(lambda: "2.0" in context.health.reason)
         tickets = bus.server.streams[SUBJECTS.stream("tickets")]
