@@ -82,6 +82,8 @@ class Desk:
             sequences = event.outcome.sequences
             self.dispatched_lengths.append(sum(int(s.loss_mask.numpy().sum()) for s in sequences))
         self._apply(event)
+        if ticket is not None and self.staging.is_played(ticket.group_id):
+            self.changed.set()
 
     def score(self, event: ScoreArrived) -> None:
         """Take in old log-probs."""

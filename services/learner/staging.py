@@ -171,10 +171,14 @@ class Staging:
     @property
     def played_groups(self) -> tuple[str, ...]:
         """Groups that are complete, or will be with the scores of what was played."""
-        return tuple(
-            group_id
-            for group_id, group in self._groups.items()
-            if all(t in self._terminals for t in group.ticket_ids)
+        return tuple(group_id for group_id in self._groups if self.is_played(group_id))
+
+    def is_played(self, group_id: str) -> bool:
+        """Whether every ticket of a group has ended, and not all of them failed."""
+        group = self._groups.get(group_id)
+        return (
+            group is not None
+            and all(t in self._terminals for t in group.ticket_ids)
             and any(self._played(t) for t in group.ticket_ids)
         )
 

@@ -49,7 +49,7 @@ def settings(run_dir: Path, versions: int) -> dict[str, Any]:
         "model": {"source": BASE, "dtype": "float64"},
         "task": {"max_turns": 6},
         "sampling": {"max_new_tokens": 4, "context_tokens": 96},
-        "admission": {"groups_per_version": 2, "group_size": 4, "max_staleness": 2},
+        "admission": {"groups_per_version": 3, "group_size": 6, "max_staleness": 2},
         "old_logprobs": {"route": "interrupt", "fence_timeout_s": 5.0},
         "telemetry": {"lease_interval_s": 0.1, "lease_expiry_s": 0.6},
         "learner": {
@@ -60,7 +60,7 @@ def settings(run_dir: Path, versions: int) -> dict[str, Any]:
             "checkpoint": {"every_versions": 2},
         },
         "env_agents": {
-            "concurrency": 16, "heartbeat_s": 0.1, "ack_wait_s": 0.6, "pull_timeout_s": 0.05,
+            "concurrency": 24, "heartbeat_s": 0.1, "ack_wait_s": 0.6, "pull_timeout_s": 0.05,
             "backoff_s": 0.01, "backoff_max_s": 0.05, "drain_s": 0.5,
         },
         "rollout": {
@@ -255,6 +255,13 @@ class Reference:
         self._backend = TorchBackend(torch.float64)
         self._backend.load_hf(Path(BASE))
         self._at = -1
+
+    def moved(self, version: int) -> bool:
+        """Whether the step that led to a version changed anything."""
+        if version == 0:
+            return False
+        before, after = self._states[version - 1], self._states[version]
+        return any(not torch.equal(before[name], after[name]) for name in after)
 
     def logprobs(self, token_ids: Any, version: int) -> np.ndarray:
         if self._at != version:

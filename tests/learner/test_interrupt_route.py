@@ -1,4 +1,4 @@
-"""The `interrupt` route end to end on a MemoryBus: exact without an oracle and without a history."""
+"""The `interrupt` route on a MemoryBus: exact without an oracle and without a history."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.learner.interrupt_world import Killed, Reference, World
+from tests.learner.interrupt_world import SUBJECTS, Killed, Process, Reference, World
 
 pytestmark = pytest.mark.timeout(120)
 VERSIONS = 5
@@ -43,7 +43,7 @@ async def check_exact(world: World, versions: int = VERSIONS) -> dict[str, int]:
             np.testing.assert_allclose(old, fresh, rtol=0, atol=1e-10)
     # The control: under the neighbouring version the same comparison must fail.
     for version, parts in wanted.items():
-        for sequence, scores, span in parts if version else []:
+        for sequence, scores, span in parts if reference.moved(version) else []:
             ids = sequence.token_ids.numpy()
             old = scores.old_logprobs.numpy()[span.start : span.stop]
             other = reference.logprobs(ids, version - 1)[span.start : span.stop]
@@ -71,8 +71,134 @@ async def test_every_trained_token_has_the_log_prob_of_its_own_version(tmp_path:
         assert report.scalars["fence_unscorable_tokens"] == 0.0
     assert sum(r.scalars["interrupted_turns"] for r in reports) > 0
     assert sum(r.scalars["fence_partial_tokens"] for r in reports) > 0
-    print(
-        [round(r.scalars["fence_s"] * 1e3, 1) for r in reports],
-        [round(r.scalars["fence_score_s"] * 1e3, 1) for r in reports],
-        found,
-    )
+
+
+def die_at(process: Process, operation: str, subject: str, nth: int) -> None:
+    """Kill -9 the process at its n-th operation on a kind of subject."""
+    seen = 0
+
+    def before(did: str, on: str) -> None:
+        nonlocal seen
+        if did == operation and on.removeprefix(SUBJECTS.prefix + ".").startswith(subject):
+            seen += 1
+            if seen == nth:
+                process.bus.dead = True
+                raise Killed
+
+    process.bus.before = before
+
+
+async def sound(world: World) -> dict[str, int]:
+    """Exact, every version once, no ticket twice."""
+    batches = await world.batches()
+    assert [batch.version for batch in batches] == list(range(VERSIONS))
+    trained = [m.ticket_id for b in batches for g in b.groups for m in g.members]
+    assert max(Counter(trained).values()) == 1
+    return await check_exact(world)
+
+
+DEATHS = [
+    ("put", "control", 4), ("was_put", "control", 4),
+    ("append", "partial.scores", 2), ("appended", "partial.scores", 2),
+    ("append", "score", 9), ("appended", "score", 12),
+    ("append", "journal", 6), ("appended", "journal", 6),
+    ("append", "manifest", 3), ("appended", "manifest", 3), ("append", "stats", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("death", DEATHS, ids=lambda d: "-".join(map(str, d)))
+async def test_a_learner_killed_around_a_fence_goes_on_with_the_same_numbers(
+    death: tuple[str, str, int], tmp_path: Path
+) -> None:
+    async with World(tmp_path, VERSIONS) as world:
+        first = world.start("learner")
+        die_at(first, *death)
+        world.start("rollout")
+        world.start("env_agents")
+        assert await world.learned()
+        await world.restart("learner-0")
+        assert not await world.learned()
+        found = await sound(world)
+    assert found["tokens"]
+    assert found.get("masked", 0) == 0
+
+
+async def test_an_env_agent_killed_at_a_fence_is_excluded_and_its_tickets_are_played_again(
+    tmp_path: Path,
+) -> None:
+    async with World(tmp_path, VERSIONS) as world:
+        learner = world.start("learner")
+        world.start("rollout")
+        world.start("env_agents")
+        die_at(world.start("env_agents", "env_agents-1"), "append", "partial.tokens", 2)
+        assert not await world.learned()
+        await sound(world)
+        reports = await world.reports()
+    assert sum(r.scalars["fence_excluded"] for r in reports) == 1
+    assert learner.context.counters["fence_excluded"] == 1
+    assert max(r.scalars["fence_s"] for r in reports) >= 0.3, "its lease had to run out"
+
+
+async def test_an_env_agent_that_joins_and_one_that_is_replaced_lose_nothing(
+    tmp_path: Path,
+) -> None:
+    async with World(tmp_path, VERSIONS) as world:
+        learner = world.start("learner")
+        world.start("rollout")
+        world.start("env_agents")
+        due = asyncio.Event()
+        puts = 0
+
+        def before(did: str, on: str) -> None:
+            nonlocal puts
+            puts += did == "was_put" and on == "control"
+            if puts == 3:
+                due.set()
+
+        learner.bus.before = before
+        await due.wait()
+        world.start("env_agents", "env_agents-1")
+        await world.restart("env_agents-0")
+        assert not await world.learned()
+        found = await sound(world)
+    assert found.get("masked", 0) == 0
+
+
+async def test_a_rollout_killed_at_a_fence_costs_its_turns_only(tmp_path: Path) -> None:
+    async with World(tmp_path, VERSIONS) as world:
+        world.start("learner")
+        world.start("rollout", "rollout-1")
+        world.start("env_agents")
+        doomed = world.start("rollout", "rollout-2")
+        replies = 0
+
+        def before(did: str, on: str) -> None:
+            nonlocal replies
+            replies += did == "publish" and "_INBOX" in on
+            if replies == 60:
+                doomed.bus.dead = True
+
+        doomed.bus.before = before
+        assert not await world.learned()
+        assert doomed.bus.dead
+        found = await sound(world)
+    assert found.get("masked", 0) == 0
+
+
+async def test_an_env_agent_that_lives_and_does_not_acknowledge_ends_at_the_bound(
+    tmp_path: Path,
+) -> None:
+    """What it never hands in can only be missing: nothing is trained on a guess."""
+    changes = {"old_logprobs": {"fence_timeout_s": 0.3}}
+    async with World(tmp_path, 2, **changes) as world:
+        learner = world.start("learner")
+        world.start("rollout")
+        world.start("env_agents")
+        deaf = world.start("env_agents", "env_agents-1")
+        deaf.context.stop.set()
+        await deaf.task
+        deaf.context.health.set_ready()
+        deaf.context.gauges.clear()
+        assert not await world.learned()
+        await check_exact(world, 2)
+    assert learner.context.counters["fence_silent"] == 2
