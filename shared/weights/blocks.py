@@ -85,10 +85,11 @@ class BlockWriter:
         coded = self._kernels.encode(old_bits, new_bits, start)
         if coded is None:
             return None
-        body = _pack(coded)
+        body = _packed_streams(coded)
+        num_bytes = sum(map(len, body))
         form = FORMS.index(coded.form)
-        head = BLOCK.pack(tensor_index, start, length, coded.count, form, len(body))
-        return head + body, coded.digest_change
+        head = BLOCK.pack(tensor_index, start, length, coded.count, form, num_bytes)
+        return b"".join([head, *body]), coded.digest_change
 
     def trailer(self, target: str) -> bytes:
         """Return the last record: `target` is the version digest."""
@@ -125,12 +126,12 @@ def unpack(body: memoryview, form: Form, width: int, count: int, length: int) ->
     return Coded(form, count, streams, 0)
 
 
-def _pack(coded: Coded) -> bytes:
+def _packed_streams(coded: Coded) -> list[bytes | memoryview]:
     parts: list[bytes | memoryview] = []
     for stream in coded.streams:
         packing, stored = _packed(stream)
         parts += (_STREAM.pack(packing, len(stored)), stored)
-    return b"".join(parts)
+    return parts
 
 
 def _packed(stream: Bytes) -> tuple[int, bytes | memoryview]:

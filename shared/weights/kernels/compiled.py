@@ -25,7 +25,7 @@ from shared.weights.kernels.reference import MASK
 
 _LINE_BYTES = 64
 
-_SAMPLE_LINES = 32
+_SAMPLE_LINES = 8
 """Cache lines that are looked at to guess whether a block is dense: collecting its changes until
 there are too many would take as long as the rest."""
 
