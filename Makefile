@@ -11,8 +11,9 @@ RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PA
 	HF_HUB_OFFLINE=1
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
+S3 := $(VENV)/.installed-s3
 
-.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights chaos base clean
+.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights test-s3 chaos base clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -40,6 +41,13 @@ bench-weights: $(DEMO) ## weights over the bus: table and runs/bench/weights.jso
 
 test: $(DEV) ## the default suite, without the kill matrix
 	$(RUN) $(BIN)/python -m pytest -m "not chaos" $(PYTEST_ARGS)
+
+$(S3): $(DEV)
+	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) s3-test
+	@touch $@
+
+test-s3: $(S3) ## the keyframe store against an S3-compatible server
+	$(RUN) $(BIN)/python -m pytest tests/weights/keyframe_store $(PYTEST_ARGS)
 
 chaos: $(DEV) ## the whole kill matrix; slow
 	$(RUN) $(BIN)/python -m pytest -m chaos --timeout 900 $(PYTEST_ARGS)
