@@ -15,6 +15,7 @@ from services.env_agents.gate import Gate
 from services.env_agents.sampler_client import SamplerClient
 from shared.runtime.bus import CoreMessage, Subscription
 from shared.runtime.context import Context
+from shared.runtime.errors import PayloadTooLarge
 from shared.wire.codec import decode, encode
 from shared.wire.errors import WireError
 from shared.wire.fencing import FENCE_GENERATION, FENCE_INTERRUPTED, PartialTrajectory
@@ -95,7 +96,14 @@ class Fencing:
     async def _store(self, partial: PartialTrajectory, window: asyncio.Semaphore) -> None:
         async with window:
             bus = self._context.bus
-            await bus.append(bus.subjects.partial(partial.ticket_id), encode(partial))
+            try:
+                await bus.append(bus.subjects.partial(partial.ticket_id), encode(partial))
+            except PayloadTooLarge as error:
+                # Its terminal will be too large, too, and end the ticket as failed.
+                self._context.count("partials_too_large")
+                self._context.log.warning(
+                    "partial_too_large", ticket_id=partial.ticket_id, reason=str(error)
+                )
 
     def _acknowledge(self, generation: int, interrupted: int) -> None:
         self._context.gauges[FENCE_GENERATION] = float(generation)

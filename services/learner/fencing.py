@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 
 import torch
@@ -20,28 +19,20 @@ import torch
 from services.learner.completing import Completed, Completer, Completion
 from services.learner.desk import Desk
 from services.learner.fence import Action, EnvAgent, Fence, Fenced, Lower, Raise, Resume, Seen
-from services.learner.partials import PartialBook
+from services.learner.partials_log import PartialLog
 from services.learner.positions import Positions
 from services.learner.score_records import score_event
-from shared.runtime.bus import Record
 from shared.runtime.context import Context
-from shared.runtime.errors import BusError, Conflict
+from shared.runtime.errors import Conflict
 from shared.runtime.leases import LeaseBoard
 from shared.wire.codec import decode, encode
-from shared.wire.errors import WireError
-from shared.wire.fencing import (
-    FENCE_GENERATION,
-    FENCE_INTERRUPTED,
-    PartialScores,
-    PartialTrajectory,
-)
+from shared.wire.fencing import FENCE_GENERATION, FENCE_INTERRUPTED
 from shared.wire.messages import Layout, Score
 from shared.wire.weights import Control
 
 _POLL_S = 0.01
 _WINDOW = 32
 """Appends in flight."""
-_SCORES_PER_RECORD = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +96,7 @@ class Fencing:
         self._board = board
         self._completer = completer
         self._put_control = put_control
-        self._book = PartialBook()
-        self._next_partial = 1
+        self._partials = PartialLog(context)
         self._looked_at = time.monotonic()
         self._lost_s = 0.0
         """Seconds the bus was away."""
@@ -131,7 +121,7 @@ class Fencing:
         control = None if stored is None else decode(stored, Control)
         generation = control.generation if control else 0
         min_version = control.min_version if control else 0
-        await self._read_partials(None)
+        await self._partials.read(None)
         await self._perform(Resume(version, generation, min_version))
 
     async def run(self, version: int, digest: str) -> FenceReport | None:
@@ -144,21 +134,25 @@ class Fencing:
         fenced = await self._acknowledged()
         if fenced is None:
             return None
-        await self._read_partials(version)
+        await self._partials.read(version)
         await self._read_terminals()
         handed_in = time.perf_counter()
         with self._context.busy():
             completion = await asyncio.to_thread(
                 self._completer.complete,
                 self._desk.staging.unscored,
-                self._book.partials,
-                self._book,
+                self._partials.book.partials,
+                self._partials.book,
                 version=version,
                 digest=digest,
             )
-        await self._store_partial_scores(completion, version, digest)
+        await self._partials.append(
+            completion.partials, version=version, digest=digest, layout=self._layout()
+        )
         await self._store_scores(completion)
-        await self._forget(version)
+        staging = self._desk.staging
+        open_tickets = {*staging.unsettled_tickets, *staging.unscored_tickets}
+        await self._partials.forget(open_tickets, version)
         report = FenceReport(
             handed_in - started, time.perf_counter() - handed_in, fenced, completion
         )
@@ -208,36 +202,6 @@ class Fencing:
         return now - self._lost_s
 
     # --- what was handed in
-    async def _read_partials(self, version: int | None) -> None:
-        """Read to the stream's end; at the fence of `version`, count what comes too late."""
-        last = (await self._bus.stream_state("partials")).last_seq
-        if self._next_partial > last:
-            return
-        async with aclosing(self._bus.read("partials", self._next_partial)) as log:
-            async for records in log:
-                for record in records:
-                    self._take(record, version)
-                if self._next_partial > last:
-                    return
-
-    def _take(self, record: Record, version: int | None) -> None:
-        self._next_partial = record.seq + 1
-        is_scores = record.subject.split(".")[-2] == "scores"
-        try:
-            if is_scores:
-                self._book.take_scores(decode(record.payload, PartialScores), record.seq)
-                return
-            partial = decode(record.payload, PartialTrajectory)
-        except WireError as error:
-            # Its tokens stay without a score, which is counted when their terminal comes.
-            self._context.count("unreadable_partials")
-            self._context.log.warning("partial_unreadable", seq=record.seq, reason=str(error))
-            return
-        stamps = [span.version for sequence in partial.sequences for span in sequence.spans]
-        if version is not None and max(stamps, default=-1) < version:
-            self._context.count("late_partials")
-        self._book.take_partial(partial, record.seq)
-
     async def _read_terminals(self) -> None:
         """Wait until the loop that reads terminals has seen those stored before the fence."""
         last = (await self._bus.stream_state("terminals")).last_seq
@@ -249,21 +213,6 @@ class Fencing:
             await asyncio.sleep(_POLL_S)
 
     # --- what was scored
-    async def _store_partial_scores(
-        self, completion: Completion, version: int, digest: str
-    ) -> None:
-        subject = self._bus.subjects.partial_scores(version)
-        for start in range(0, len(completion.partials), _SCORES_PER_RECORD):
-            record = PartialScores(
-                version=version,
-                digest=digest,
-                scores=tuple(completion.partials[start : start + _SCORES_PER_RECORD]),
-                layout=self._layout(),
-                producer=self._context.pod,
-            )
-            seq = await self._bus.append(subject, encode(record))
-            self._book.take_scores(record, seq)
-
     async def _store_scores(self, completion: Completion) -> None:
         window = asyncio.Semaphore(_WINDOW)
         async with asyncio.TaskGroup() as group:
@@ -298,16 +247,6 @@ class Fencing:
                     raise
                 self._context.count("adopted_scores")
                 return decode(stored.payload, Score), stored.seq
-
-    async def _forget(self, version: int) -> None:
-        """Drop what no open ticket needs; the numbers of scored terminals lie on `scores`."""
-        staging = self._desk.staging
-        self._book.keep_only({*staging.unsettled_tickets, *staging.unscored_tickets}, version)
-        try:
-            await self._bus.purge("partials", self._book.floor(self._next_partial))
-        except BusError as error:
-            # What cannot be purged now is purged at the next fence.
-            self._context.log.warning("purge_failed", reason=str(error))
 
     def _layout(self) -> Layout:
         completer = self._completer
