@@ -74,7 +74,7 @@ class Fencing:
         completer: scores under the weights being trained.
         put_control: writes the control document, with `generation` and `min_version` from here.
         timeout_s: longest wait for env agents.
-        expiry_s: of a lease.
+        deaf_s: so long from now on an env agent may live without having been heard.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Fencing:
         put_control: Callable[[], Awaitable[None]],
         *,
         timeout_s: float,
-        expiry_s: float,
+        deaf_s: float,
     ) -> None:
         self._context = context
         self._bus = context.bus
@@ -100,7 +100,7 @@ class Fencing:
         self._looked_at = time.monotonic()
         self._lost_s = 0.0
         """Seconds the bus was away."""
-        self._fence = Fence(timeout_s=timeout_s, deaf_until=self._now() + expiry_s)
+        self._fence = Fence(timeout_s=timeout_s, deaf_until=self._now() + deaf_s)
         self._timeout_s = timeout_s
 
     @property

@@ -202,7 +202,8 @@ class _Shell:
             ),
             self._put_control,
             timeout_s=section.fence_timeout_s,
-            expiry_s=config.telemetry.lease_expiry_s,
+            # every env agent that lives has renewed its lease by then
+            deaf_s=2 * config.telemetry.lease_interval_s,
         )
 
     async def run(self) -> None:
