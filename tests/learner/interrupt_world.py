@@ -166,8 +166,9 @@ class World:
             self.settings[section] |= values
         self.processes: dict[str, Process] = {}
 
-    def start(self, role: Role, pod: str = "") -> Process:
+    def start(self, role: Role, pod: str = "", **changes: dict[str, Any]) -> Process:
         common = {k: v for k, v in self.settings.items() if k not in CONFIGS or k == role}
+        common |= {section: common[section] | values for section, values in changes.items()}
         config = CONFIGS[role].model_validate(common)
         pod = pod or f"{role}-0"
         self.processes[pod] = Process(self.server, role, pod, config)

@@ -185,20 +185,28 @@ async def test_a_rollout_killed_at_a_fence_costs_its_turns_only(tmp_path: Path) 
     assert found.get("masked", 0) == 0
 
 
-async def test_an_env_agent_that_lives_and_does_not_acknowledge_ends_at_the_bound(
+async def test_what_a_live_env_agent_does_not_hand_in_is_masked_and_counted(
     tmp_path: Path,
 ) -> None:
-    """What it never hands in can only be missing: nothing is trained on a guess."""
-    changes = {"old_logprobs": {"fence_timeout_s": 0.3}}
-    async with World(tmp_path, 2, **changes) as world:
+    """One of another configuration samples on and acknowledges nothing: no token is guessed."""
+    changes = {"old_logprobs": {"fence_timeout_s": 0.05}}
+    async with World(tmp_path, VERSIONS, **changes) as world:
         learner = world.start("learner")
         world.start("rollout")
         world.start("env_agents")
-        deaf = world.start("env_agents", "env_agents-1")
-        deaf.context.stop.set()
-        await deaf.task
-        deaf.context.health.set_ready()
-        deaf.context.gauges.clear()
+        deaf = world.start("env_agents", "env_agents-1", old_logprobs={"route": "oracle"})
+        append = deaf.bus.append
+
+        async def late(subject: str, payload: bytes, **options: Any) -> int:
+            await asyncio.sleep(0.4)
+            return await append(subject, payload, **options)
+
+        deaf.bus.append = late  # type: ignore[method-assign]
         assert not await world.learned()
-        await check_exact(world, 2)
-    assert learner.context.counters["fence_silent"] == 2
+        found = await sound(world)
+        reports = await world.reports()
+    counters = learner.context.counters
+    assert counters["fence_silent"] == VERSIONS
+    assert counters["fence_unscorable_tokens"] > 0
+    assert found["masked"] > 0
+    assert min(report.scalars["old_logits_exact_ratio"] for report in reports) < 1.0
