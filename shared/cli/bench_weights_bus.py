@@ -93,7 +93,7 @@ async def measure(case: Case, model: Model, place: Place, folder: Path) -> dict[
     """Return one way of joining's fields of a case's row; times from the first way only."""
     timed = place == case.joins[0]
     threads = num_threads()
-    store = (folder / "keyframes").as_uri() if place == "store" else ""
+    store = (folder / "keyframes").resolve().as_uri() if place == "store" else ""
     async with _server(folder) as url:
         log = Log("bench-publisher")
         bus = await connect(BusSection(url=url), Subjects(RUN), "publisher", log)
