@@ -204,9 +204,18 @@ async def test_what_a_live_env_agent_does_not_hand_in_is_masked_and_counted(
         deaf.bus.append = late  # type: ignore[method-assign]
         assert not await world.learned()
         found = await sound(world)
-        reports = await world.reports()
+        reports = {report.version: report.scalars for report in await world.reports()}
+        trained = await world.trained()
+    kept, wanted = Counter[int](), Counter[int]()
+    for batch, group, _member, trajectory, _score in trained:
+        for span in (s for sequence in trajectory.sequences for s in sequence.spans):
+            tokens = 0 if group.no_loss else span.stop - span.start
+            wanted[batch.version + 1] += tokens
+            kept[batch.version + 1] += tokens * (span.version not in group.masked_versions)
+    for version, tokens in wanted.items():
+        ratio = kept[version] / tokens if tokens else 1.0
+        assert reports[version]["old_logits_exact_ratio"] == pytest.approx(ratio)
     counters = learner.context.counters
     assert counters["fence_silent"] == VERSIONS
     assert counters["fence_unscorable_tokens"] > 0
     assert found["masked"] > 0
-    assert min(report.scalars["old_logits_exact_ratio"] for report in reports) < 1.0
