@@ -11,7 +11,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from services.learner.checkpoint import CheckpointStore
@@ -28,6 +27,7 @@ from services.learner.publication import Publication
 from services.learner.reference import Reference
 from services.learner.routes.base import OldLogprobRoute
 from services.learner.staging import CompleteGroup, Scored
+from services.learner.step_report import headline, step_report
 from services.learner.takeover import (
     Recovery,
     check_own_publication,
@@ -40,7 +40,6 @@ from shared.algo.advantages import ADVANTAGES, group_advantages
 from shared.backends.base import Backend
 from shared.runtime.context import Context
 from shared.weights.publisher import Published
-from shared.wire.base import Array
 from shared.wire.codec import decode, encode
 from shared.wire.journal import Batch, RunFinished, RunStarted
 from shared.wire.telemetry import StepReport
@@ -294,7 +293,7 @@ class Learner:
                 msg_id=f"step{self.version}",
             )
             self._reported = self.version
-            self._context.log.info("version", version=self.version, **_headline(report.scalars))
+            self._context.log.info("version", version=self.version, **headline(report.scalars))
         self._checkpoint_s = await self._maybe_checkpoint(replay=replay)
 
     async def _commit(self, version: int) -> Published | None:
@@ -335,48 +334,25 @@ class Learner:
         published: Published | None,
         times: tuple[float, float],
     ) -> StepReport:
-        rewards = [m.trajectory.reward for m in members.values()]
-        lengths = [
-            sum(int(s.loss_mask.numpy().sum()) for s in m.trajectory.sequences)
-            for m in members.values()
-        ]
         dispatched, self._desk.dispatched_lengths = self._desk.dispatched_lengths, []
         self._context.count("trained_tokens", outcome.scalars["tokens_trained"])
         self._context.count("trained_trajectories", len(members))
         self._context.count("optimizer_steps", outcome.optimizer_steps)
         self._context.count("versions")
-        scalars = outcome.scalars | {
-            "success": float(np.mean([r > 0 for r in rewards])) if rewards else 0.0,
-            "reward_mean": float(np.mean(rewards)) if rewards else 0.0,
-            "k3_d": outcome.scalars.get("d_k3", 0.0),
-            "k3_s": outcome.scalars.get("s_k3", 0.0),
-            "ess_ratio": outcome.scalars.get("rho_ess_ratio", 1.0),
-            "rejected_ratio": outcome.scalars.get("rej_any", 0.0),
-            "entropy": outcome.scalars.get("entropy_mean", 0.0),
-            "wait_s": self._wait_s,
-            "train_s": times[1] - times[0],
-            "publish_s": published.seconds if published else 0.0,
-            "publish_bytes": float(published.num_bytes) if published else 0.0,
-            "checkpoint_s": self._checkpoint_s,
-            "outstanding_groups": float(len(self._desk.admission.outstanding)),
-            "ready_groups": float(len(self._desk.ready)),
-            "trained_tickets": float(len(members)),
-            "zero_variance_groups": float(sum(bool(g.no_loss) for g in batch.groups)),
-            "optimizer_steps": float(self.optimizer_steps),
-        }
-        arrays = {
-            name: Array.of(values, "f4" if name == "scatter" else "f8")
-            for name, values in outcome.arrays.items()
-        }
-        arrays["dispatched_lengths"] = Array.of(dispatched, "i4")
-        arrays["trained_lengths"] = Array.of(lengths, "i4")
-        return StepReport(
-            version=self.version,
-            started_at=times[0],
-            trained_at=times[1],
-            published_at=published.manifest.published_at if published else times[1],
-            scalars=scalars,
-            arrays=arrays,
+        return step_report(
+            batch,
+            members.values(),
+            outcome,
+            published,
+            times,
+            dispatched_lengths=dispatched,
+            further={
+                "wait_s": self._wait_s,
+                "checkpoint_s": self._checkpoint_s,
+                "outstanding_groups": float(len(self._desk.admission.outstanding)),
+                "ready_groups": float(len(self._desk.ready)),
+                "optimizer_steps": float(self.optimizer_steps),
+            },
         )
 
     # --- evaluation
@@ -422,8 +398,3 @@ class Learner:
         if not section.progress_episodes or due == 0 or due >= self._config.learner.versions:
             return None
         return None if self._journal.state.evaluation("progress", due) else due
-
-
-def _headline(scalars: dict[str, float]) -> dict[str, float]:
-    names = ("success", "staleness_mean", "staleness_max", "loss", "grad_norm", "k3_d", "wait_s")
-    return {name: round(scalars.get(name, 0.0), 5) for name in (*names, "train_s")}

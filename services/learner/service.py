@@ -12,13 +12,16 @@ import asyncio
 import time
 import uuid
 from contextlib import aclosing
-from importlib import import_module
-from pathlib import Path
 from typing import Literal, cast
 
 import msgpack
-import torch
 
+from services.learner.building import (
+    load_backend,
+    load_task_source,
+    make_reference,
+    make_route,
+)
 from services.learner.completing import Completer
 from services.learner.config import LearnerConfig
 from services.learner.deadlines import Pauses, deadline_terminal, overdue
@@ -29,17 +32,13 @@ from services.learner.keyframing import Keyframing
 from services.learner.learner import Learner
 from services.learner.positions import Positions
 from services.learner.publication import Publication, Slack
-from services.learner.reference import Reference
-from services.learner.routes.base import OldLogprobRoute, RouteContext
-from services.learner.routes.registry import ROUTES
 from services.learner.score_records import score_event
 from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
-from shared.backends.adamw import AdamWSettings
 from shared.backends.torch_backend import TorchBackend
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
-from shared.runtime.errors import BusError, ConfigError, Conflict
+from shared.runtime.errors import BusError, Conflict
 from shared.runtime.intake import accept
 from shared.runtime.leases import LeaseBoard
 from shared.weights.assembly import make_publisher
@@ -68,73 +67,6 @@ async def serve(context: Context, config: LearnerConfig) -> None:
     await context.bus.create_streams()
     shell = _Shell(context, config, backend, source)
     await shell.run()
-
-
-def load_backend(config: LearnerConfig) -> TorchBackend:
-    """Build the backend and load the model directory.
-
-    Raises:
-        ConfigError: one line that names what is wrong with the directory.
-    """
-    optimizer = config.learner.optimizer
-    backend = TorchBackend(
-        getattr(torch, config.model.dtype),
-        optimizer=AdamWSettings(betas=optimizer.betas, weight_decay=optimizer.weight_decay),
-    )
-    try:
-        backend.load_hf(Path(config.model.source))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"model.source: {error}") from error
-    return backend
-
-
-def load_task_source(config: LearnerConfig) -> TaskSource:
-    """Import the task source named by `task.source`.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    module_name, _, class_name = config.task.source.partition(":")
-    try:
-        cls = getattr(import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"task.source: {config.task.source!r}: {error}") from error
-    return cast("TaskSource", cls(config.task, config.run.seed))
-
-
-def make_route(context: Context, config: LearnerConfig, backend: TorchBackend) -> OldLogprobRoute:
-    """Build the configured old-logit route around the weights being trained.
-
-    Raises:
-        ConfigError: no such route.
-    """
-    name = config.old_logprobs.route
-    if name not in ROUTES:
-        raise ConfigError(f"old_logprobs.route: {name!r} is none of {', '.join(ROUTES)}")
-    return ROUTES[name](
-        RouteContext(
-            backend=backend,
-            make_scorer=lambda: load_backend(config),
-            bus=context.bus,
-            log=context.log,
-            weights=config.weights,
-            section=config.old_logprobs,
-            temperature=config.sampling.temperature,
-            pack_tokens=config.learner.optimizer.micro_batch_tokens,
-            max_staleness=config.admission.max_staleness,
-        )
-    )
-
-
-def make_reference(config: LearnerConfig) -> Reference | None:
-    """Return the reference model of the KL term, None where it is off."""
-    if not config.learner.algo.kl.coefficient:
-        return None
-    return Reference(
-        lambda: load_backend(config),
-        temperature=config.sampling.temperature,
-        pack_tokens=config.learner.optimizer.micro_batch_tokens,
-    )
 
 
 class _Shell:
