@@ -1,0 +1,201 @@
+"""What `make bench-routes` runs: one cell is one training run. Pure; sizes, grids and seeds.
+
+`docs/routes_protocol.md` fixes the confirmatory part in words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Sampler = Literal["int4", "bf16", "fp32"]
+Lag = Literal["0", "2", "4", "8", "16", "mixed8", "jump"]
+
+EXACT = "oracle"
+"""Stands for the three exact routes, which give the same numbers."""
+
+APPROXIMATE = (
+    "current_recompute", "rollout", "interp_prox_loglinear", "interp_prox_linear", "ewma_prox",
+    "ppo_ewma_async",
+)  # fmt: skip
+METHODS = (EXACT, *APPROXIMATE)
+SAMPLERS: tuple[Sampler, ...] = ("int4", "bf16")
+LAGS: tuple[Lag, ...] = ("0", "2", "4", "8", "16", "mixed8")
+
+TUNE_SEEDS = range(1000, 1004)
+ERROR_SEEDS = range(2000, 2003)
+SWEEP_SEEDS = range(3000, 3004)
+CONFIRM_SEEDS = range(10_000, 10_030)
+
+BETAS = (0.5, 0.7, 0.8, 0.8889, 0.94, 0.98)
+MASKS = ((0.9, 1.11), (0.8, 1.25), (0.5, 2.0), (0.2, 5.0))
+CLIPS = (0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large a world is."""
+
+    hidden: int = 64
+    intermediate: int = 160
+    layers: int = 2
+    warmup_steps: int = 90
+    demonstrations: int = 48
+    """Per warm-up step."""
+    versions: int = 50
+    groups: int = 12
+    group_size: int = 8
+    eval_every: int = 5
+    """Versions between progress evaluations."""
+    eval_episodes: int = 96
+    final_episodes: int = 512
+    measure_every: int = 4
+    """Versions between comparisons with the exact answer."""
+    lean: bool = True
+    """Whether groups without variance, which carry no loss, are left out before they are scored.
+    The product scores them: it does not wait for a group to end."""
+
+
+QUICK = Size(
+    hidden=32, intermediate=48, layers=1, warmup_steps=4, demonstrations=8, versions=6, groups=2,
+    group_size=4, eval_every=3, eval_episodes=8, final_episodes=8, measure_every=2,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A point of the tuning grid."""
+
+    lr: float = 1e-3
+    clip: float = 0.5
+    mask: tuple[float, float] = (0.5, 2.0)
+
+    @property
+    def label(self) -> str:
+        return f"lr {self.lr:g}, clip {self.clip:g}, mask [{self.mask[0]:g}, {self.mask[1]:g}]"
+
+
+GRID = tuple(
+    Setting(lr, clip, mask)
+    for lr in (1e-3, 3e-3)
+    for clip in (0.2, 0.5)
+    for mask in ((0.8, 1.25), (0.5, 2.0))
+)
+"""In the order in which ties are broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run."""
+
+    stage: str
+    route: str
+    lag: Lag
+    sampler: Sampler
+    seed: int
+    setting: Setting = Setting()
+    versions: int = 0
+    """0: those of the size; fewer in compute-matched runs."""
+    shadows: tuple[str, ...] = ()
+    """Further routes asked about the batches of this run, never trained on."""
+    beta: float | None = None
+    """Of `ewma_prox`; None: the route's default."""
+    auto_reset: bool | None = None
+    """Of the EWMA routes; None: the route's default."""
+    label: str = ""
+    """Why it is run, where the rest does not say so: `shared`, `tuned`, `matched`."""
+
+    @property
+    def key(self) -> str:
+        """Digest of what determines the result; the stage and label are not part of it."""
+        facts = {k: v for k, v in asdict(self).items() if k not in ("stage", "label")}
+        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def cell_of(facts: dict[str, Any]) -> Cell:
+    """Return the cell that `asdict` was made from."""
+    setting = facts["setting"]
+    return Cell(
+        **{
+            **facts,
+            "setting": Setting(**{**setting, "mask": tuple(setting["mask"])}),
+            "shadows": tuple(facts["shadows"]),
+        }
+    )
+
+
+def error_cells(seeds: Sequence[int] = ERROR_SEEDS) -> list[Cell]:
+    """Every lag and discrepancy, trained with exact logits, all routes asked. Exploratory."""
+    return [
+        Cell("error", EXACT, lag, sampler, seed, shadows=APPROXIMATE)
+        for seed in seeds
+        for sampler in SAMPLERS
+        for lag in LAGS
+    ]
+
+
+def tune_cells(seeds: Sequence[int] = TUNE_SEEDS) -> list[Cell]:
+    """The same grid for every method, at the lag of the confirmation."""
+    return [
+        Cell("tune", route, "mixed8", sampler, seed, setting)
+        for seed in seeds
+        for sampler in SAMPLERS
+        for setting in GRID
+        for route in METHODS
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What tuning found for one discrepancy."""
+
+    shared: Setting
+    tuned: dict[str, Setting]
+    """By method."""
+
+
+def confirm_cells(
+    chosen: dict[Sampler, Chosen], matched_versions: int, seeds: Sequence[int] = CONFIRM_SEEDS
+) -> list[Cell]:
+    """The confirmation of `docs/routes_protocol.md`, seed by seed."""
+    cells: list[Cell] = []
+    for seed in seeds:
+        for sampler, found in chosen.items():
+            at = Cell("confirm", EXACT, "mixed8", sampler, seed, found.shared)
+            cells.append(replace(at, shadows=APPROXIMATE, label="error"))
+            for route in METHODS:
+                cells.append(replace(at, route=route, label="shared"))
+                cells.append(
+                    replace(at, route=route, setting=found.tuned[route], label="tuned")
+                )
+            cells.append(
+                replace(
+                    at, setting=found.tuned[EXACT], versions=matched_versions, label="matched"
+                )
+            )
+    return cells
+
+
+def sweep_cells(seeds: Sequence[int] = SWEEP_SEEDS) -> list[Cell]:
+    """Thresholds, decays and resets. Exploratory."""
+    cells: list[Cell] = []
+    for seed in seeds:
+        for sampler in SAMPLERS:
+            at = Cell("sweeps", EXACT, "mixed8", sampler, seed, Setting(lr=3e-3))
+            cells += [
+                replace(at, route=route, setting=Setting(3e-3, clip, mask), label="thresholds")
+                for route in (EXACT, "current_recompute")
+                for mask in MASKS
+                for clip in CLIPS
+            ]
+            cells += [replace(at, route="ewma_prox", beta=b, label="beta") for b in BETAS]
+            cells.append(replace(at, route="ppo_ewma_async", label="beta"))
+            cells += [
+                replace(at, route=route, lag="jump", auto_reset=reset, label="reset")
+                for route in ("ewma_prox", "ppo_ewma_async")
+                for reset in (False, True)
+            ]
+    return cells
