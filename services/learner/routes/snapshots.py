@@ -34,6 +34,9 @@ from shared.wire.weights import Manifest
 
 State = Mapping[str, torch.Tensor]
 
+_ASK_AGAIN_S = 0.5
+"""Between two attempts to bring back a version that no way led to."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Work:
@@ -58,6 +61,8 @@ class SnapshotOld(RouteBase):
         self._follower = make_follower(context.weights, context.bus, self._history, context.log)
         self._scorer: Backend | None = None
         self._following: asyncio.Task[None] | None = None
+        self._gone: set[int] = set()
+        """Versions asked for in vain for the whole bound: not waited for a second time."""
 
     async def start(self) -> None:
         self._scorer = await asyncio.to_thread(self._context.make_scorer)
@@ -111,20 +116,42 @@ class SnapshotOld(RouteBase):
 
     async def _score(self, version: int, work: list[_Work]) -> bool:
         """Score one version's pieces; False when it is gone for good."""
-        try:
-            await self._follower.ensure(version, self._context.section.version_timeout_s)
-        except MissingVersion:
+        if not await self._hold(version):
             return False
-        except TimeoutError as error:
-            raise Fatal(
-                f"old_logprobs.route {self.name}: version {version} did not arrive within "
-                f"{self._context.section.version_timeout_s:g} s (old_logprobs.version_timeout_s)"
-            ) from error
         async with self._history.at(version) as state:
             manifest = self._history.manifest(version)
             await asyncio.to_thread(self._load, manifest, state)
         await asyncio.to_thread(self._forward, manifest, work)
         return True
+
+    async def _hold(self, version: int) -> bool:
+        """Wait for a version, asking the bus again; False when it is still gone at the bound.
+
+        Raises:
+            Fatal: it was not even published by then.
+        """
+        if version in self._gone:
+            return False
+        bound_s = self._context.section.version_timeout_s
+        try:
+            async with asyncio.timeout(bound_s):
+                while True:
+                    try:
+                        await self._follower.ensure(version, bound_s)
+                        self._gone.discard(version)
+                        return True
+                    except MissingVersion as error:
+                        if version not in self._gone:
+                            self._context.log.warning("version_missing", reason=str(error))
+                        self._gone.add(version)
+                    await asyncio.sleep(_ASK_AGAIN_S)
+        except TimeoutError as error:
+            if version in self._gone:
+                return False
+            raise Fatal(
+                f"old_logprobs.route {self.name}: version {version} did not arrive within "
+                f"{bound_s:g} s (old_logprobs.version_timeout_s)"
+            ) from error
 
     def _load(self, manifest: Manifest, state: State) -> None:
         self._model.load_state(state)
@@ -151,9 +178,10 @@ class SnapshotOld(RouteBase):
         fallback = self._context.section.fallback
         if not fallback:
             raise Fatal(
-                f"old_logprobs.route {self.name}: version {missing[0]} is gone from the bus and "
-                "tokens of it are to be trained; nothing is substituted unless "
-                "old_logprobs.fallback says so (fallback: current_recompute)"
+                f"old_logprobs.route {self.name}: version {missing[0]} is gone from the bus, "
+                f"asked for in vain for {self._context.section.version_timeout_s:g} s "
+                "(old_logprobs.version_timeout_s), and tokens of it are to be trained; nothing is "
+                "substituted unless old_logprobs.fallback says so (fallback: current_recompute)"
             )
         found, _ = await asyncio.to_thread(
             forward_members,
