@@ -36,34 +36,24 @@ from shared.weights.canary import backend_scorer, canary_tokens, make_canary
 from shared.weights.publisher import Publisher
 from shared.wire.base import Array
 from shared.wire.codec import decode, encode
-from shared.wire.fencing import PartialScores, PartialTrajectory
-from shared.wire.messages import Layout, Score, SequenceScore, Terminal
+from shared.wire.fencing import PartialScores
+from shared.wire.messages import Layout, Score, Terminal
 from shared.wire.subjects import Subjects
 from shared.wire.trajectory import Sequence as TokenSequence
 from shared.wire.trajectory import Span, Trajectory
+from tests.learner.route_trajectories import (
+    HEAD,
+    MIXED,
+    TEMPERATURE,
+    VOCAB,
+    Reference,
+    Stamps,
+    State,
+    as_of,
+    partial_at,
+)  # fmt: skip
 
-VOCAB = 37
-HEAD = 4
-"""The version that is trained from; 0 to HEAD are published."""
-TEMPERATURE = 0.9
 SUBJECTS = Subjects("routes")
-
-Stamps = tuple[tuple[int, int, int], ...]
-"""(version, start, stop)"""
-State = dict[str, torch.Tensor]
-Rows = dict[str, list[np.ndarray]]
-"""By ticket, per sequence: one log-prob per token, 0 where nothing was sampled."""
-
-MIXED: tuple[Stamps, ...] = (
-    ((0, 4, 7), (1, 7, 9), (1, 12, 15), (4, 17, 20)),  # switches inside a turn and between turns
-    ((1, 5, 9), (2, 11, 12), (3, 12, 16), (3, 18, 20)),
-    ((2, 3, 8),),
-    ((0, 6, 8), (3, 8, 11)),
-    ((3, 2, 6), (4, 9, 13)),
-    ((4, 3, 9),),
-    ((0, 2, 9), (2, 12, 18)),
-    ((1, 3, 6), (4, 6, 12)),
-)
 
 
 class Versions:
@@ -210,7 +200,7 @@ class Versions:
                 for version in range(1, HEAD):
                     self.stand_at(version)
                     await route.stepped(version, {})
-                    await route.at_step(_as_of(members, version), version)
+                    await route.at_step(as_of(members, version), version)
                 await route.stepped(HEAD, {})
             self.stand_at(HEAD)
             return await route.at_step(members, HEAD)
@@ -247,7 +237,7 @@ class Versions:
         ]
         for version in range(HEAD):
             self.stand_at(version)
-            partials = [_partial(m, version) for m in members]
+            partials = [partial_at(m, version) for m in members]
             result = completer.complete(
                 [], [p for p in partials if p], book, version=version, digest=f"v{version}"
             )
@@ -324,85 +314,3 @@ class Trained:
     @property
     def k3_d_by_age(self) -> np.ndarray:
         return self.arrays["age_k3_d_sum"] / self.arrays["age_count"]
-
-
-class Reference:
-    """Plain transformers with all logits, one whole sequence per call: nothing of our backend.
-
-    transformers rounds norms to float32 inside a float64 model; here they stay in float64.
-    """
-
-    def __init__(self, model_dir: Path, states: Mapping[int, State]) -> None:
-        from transformers import Qwen3ForCausalLM
-
-        self._states = states
-        self._model = Qwen3ForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float64, attn_implementation="sdpa"
-        )
-        for module in self._model.modules():
-            if type(module).__name__ == "Qwen3RMSNorm":
-                module.forward = lambda x, m=module: (
-                    m.weight * x / (x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon).sqrt()
-                )
-
-    @torch.no_grad()
-    def logprobs(self, token_ids: np.ndarray, version: int) -> np.ndarray:
-        self._model.load_state_dict(self._states[version], strict=False)
-        ids_T = torch.from_numpy(np.asarray(token_ids, np.int64))
-        logprobs_TV = torch.log_softmax(self._model(ids_T[None]).logits[0] / TEMPERATURE, -1)
-        found = logprobs_TV[:-1].gather(1, ids_T[1:, None])[:, 0]
-        return np.concatenate([[0.0], found.numpy()])
-
-
-def rows_of(found: OldLogprobs | Sequence[Scored]) -> Rows:
-    """Log-probs as arrays."""
-    scores: Mapping[str, tuple[SequenceScore, ...]] = (
-        found.by_ticket
-        if isinstance(found, OldLogprobs)
-        else {m.ticket_id: m.scores for m in found}
-    )
-    return {t: [s.old_logprobs.numpy() for s in own] for t, own in scores.items()}
-
-
-def restamp(member: Scored, *stamps: tuple[int, int, int]) -> Scored:
-    """The same tokens with other stamps."""
-    [sequence] = member.trajectory.sequences
-    spans = tuple(Span(version=v, start=a, stop=b) for v, a, b in stamps)
-    changed = sequence.model_copy(update={"spans": spans})
-    played = member.trajectory.model_copy(update={"sequences": (changed,)})
-    return replace(member, trajectory=played)
-
-
-def _as_of(members: Sequence[Scored], version: int) -> list[Scored]:
-    """Trajectories as old at `version` as these are at HEAD: an anchor reads nothing but ages."""
-    shifted = version - HEAD
-    return [
-        restamp(m, *((max(0, s.version + shifted), s.start, s.stop) for s in q.spans))
-        for m in members
-        for q in m.trajectory.sequences
-    ]
-
-
-def _partial(member: Scored, version: int) -> PartialTrajectory | None:
-    """What a fence at `version` finds of a trajectory: the tokens sampled up to then."""
-    [sequence] = member.trajectory.sequences
-    spans = tuple(s for s in sequence.spans if s.version <= version)
-    if not spans:
-        return None
-    stop = spans[-1].stop
-    cut = TokenSequence(
-        token_ids=Array.of(sequence.token_ids.numpy()[:stop], "i4"),
-        loss_mask=Array.of(sequence.loss_mask.numpy()[:stop], "u1"),
-        spans=spans,
-        arrays={
-            "sampler_logprobs": Array.of(sequence.arrays["sampler_logprobs"].numpy()[:stop], "f4")
-        },
-    )
-    return PartialTrajectory(
-        ticket_id=member.ticket_id,
-        attempt_id="a",
-        generation=version + 1,
-        producer="env-0",
-        incarnation="i",
-        sequences=(cut,),
-    )
