@@ -60,9 +60,10 @@ class Size:
 
 
 QUICK = Size(
-    hidden=32, intermediate=48, layers=1, warmup_steps=4, demonstrations=8, versions=6, groups=2,
-    group_size=4, eval_every=3, eval_episodes=8, final_episodes=8, measure_every=2,
+    hidden=32, intermediate=48, layers=1, warmup_steps=40, demonstrations=24, versions=6, groups=6,
+    group_size=8, eval_every=3, eval_episodes=8, final_episodes=8, measure_every=2,
 )  # fmt: skip
+"""Tiny, for tests: figures mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,9 @@ class Cell:
     def key(self) -> str:
         """Digest of what determines the result; the stage and label are not part of it."""
         facts = {k: v for k, v in asdict(self).items() if k not in ("stage", "label")}
-        return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(
+            json.dumps(facts, sort_keys=True).encode(), digest_size=8
+        ).hexdigest()
 
 
 def cell_of(facts: dict[str, Any]) -> Cell:
@@ -168,13 +171,9 @@ def confirm_cells(
             cells.append(replace(at, shadows=APPROXIMATE, label="error"))
             for route in METHODS:
                 cells.append(replace(at, route=route, label="shared"))
-                cells.append(
-                    replace(at, route=route, setting=found.tuned[route], label="tuned")
-                )
+                cells.append(replace(at, route=route, setting=found.tuned[route], label="tuned"))
             cells.append(
-                replace(
-                    at, setting=found.tuned[EXACT], versions=matched_versions, label="matched"
-                )
+                replace(at, setting=found.tuned[EXACT], versions=matched_versions, label="matched")
             )
     return cells
 

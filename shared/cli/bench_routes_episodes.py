@@ -43,9 +43,7 @@ class Play:
     """Of every turn, ascending."""
 
 
-def turn_versions(
-    lag: Lag, version: int, num_versions: int, rng: random.Random
-) -> tuple[int, ...]:
+def turn_versions(lag: Lag, version: int, num_versions: int, rng: random.Random) -> tuple[int, ...]:
     """Return which version samples each turn of an episode that is trained at `version`.
 
     `mixed8`: it starts a versions behind, a uniform in 4..12, and moves on after every 1, 2 or 3

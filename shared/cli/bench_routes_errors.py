@@ -38,9 +38,7 @@ class Arrival:
     """Of the loss's own report, as after a first minibatch."""
 
 
-def arrival(
-    loss: PolicyLoss, items: BatchItems, start: BatchItems, *, version: int
-) -> Arrival:
+def arrival(loss: PolicyLoss, items: BatchItems, start: BatchItems, *, version: int) -> Arrival:
     """Run the loss on a whole batch without a step.
 
     Args:

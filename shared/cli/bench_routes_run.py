@@ -81,16 +81,12 @@ class Run:
         self._cell, self._size = cell, size
         self._section = learner_section(cell, size)
         self._base = base_policy(bases, size, cell.seed)
-        self._backend = open_backend(
-            self._base, AdamWSettings(betas=self._section.optimizer.betas)
-        )
+        self._backend = open_backend(self._base, AdamWSettings(betas=self._section.optimizer.betas))
         self._num_ages = oldest_age(cell.lag) + 1
         self._ring = Ring(self._num_ages)
         self._sampled_from = Ring(self._num_ages)
         self._player = Player(self._base, TextRenderer(str(self._base), {}))
-        self._scorer = ExactScorer(
-            open_backend(self._base), self._ring, pack_tokens=PACK_TOKENS
-        )
+        self._scorer = ExactScorer(open_backend(self._base), self._ring, pack_tokens=PACK_TOKENS)
         self._published = Published(self._backend, self._backend.vocab_size)
         self._routes = {
             name: make_route(name, cell, self._backend, self._base, self._published.bus)
@@ -152,6 +148,9 @@ class Run:
         self._book.mixed.append(len(mixed) / len(groups))
         if self._size.lean:
             groups = mixed
+        if not groups:
+            await self._publish(version + 1)
+            return
         measured = (bool(self._cell.shadows) or not self._route.exact) and (
             version % self._size.measure_every == 0
         )
@@ -162,9 +161,7 @@ class Run:
             version=version,
             epoch=0,
             seed=derive_seed(self._cell.seed, "batch", version),
-            advantage=partial(
-                group_advantages, estimator=ADVANTAGES[self._section.algo.advantage]
-            ),
+            advantage=partial(group_advantages, estimator=ADVANTAGES[self._section.algo.advantage]),
             max_staleness=self._num_ages - 1,
         )
         members = {m.ticket_id: m for group in groups for m in group.members}
@@ -187,9 +184,7 @@ class Run:
         size = self._size
         plays: list[Play] = []
         for number in range(version * size.groups, (version + 1) * size.groups):
-            task = TaskRef(
-                dataset="frozen_lake", split="train", index=number, seed=self._cell.seed
-            )
+            task = TaskRef(dataset="frozen_lake", split="train", index=number, seed=self._cell.seed)
             for member in range(size.group_size):
                 seed = derive_seed(self._cell.seed, "train", number * size.group_size + member)
                 plays.append(Play(task, seed, self._turn_versions(version)))
@@ -245,13 +240,15 @@ class Run:
     ) -> dict[str, Mapping[str, float]]:
         """Ask the shadows; return by route what its loss would have reported."""
         due = [n for n in self._cell.shadows if measured or n in ALWAYS_ASKED]
-        if not (due or measured) or not items.ages.size:
+        if not (due or measured):
             return {}
         given: dict[str, BatchItems] = {self._cell.route: items}
         for name in due:
             if name not in given:
                 old = await self._ask(name, members, version)
                 given[name] = build_items(batch, members, old.by_ticket)
+        if not items.ages.size:
+            return {}
         if "current_recompute" in given:
             start = given["current_recompute"]
         else:
@@ -266,9 +263,7 @@ class Run:
             loss = PolicyLoss(self._section.algo.settings())
             exact = arrival(loss, exact_items, start, version=version)
             for name, one in arrivals.items():
-                scalars, by_age = differences(
-                    one, exact, version=version, num_ages=self._num_ages
-                )
+                scalars, by_age = differences(one, exact, version=version, num_ages=self._num_ages)
                 self._book.errors.setdefault(name, []).append(scalars)
                 self._book.by_age[name] = added(self._book.by_age.get(name, {}), by_age)
         return {n: one.scalars for n, one in arrivals.items() if n != self._cell.route}
@@ -312,6 +307,7 @@ class Run:
             "key": self._cell.key,
             "cell": asdict(self._cell),
             "failure": failure,
+            "num_parameters": self._backend.num_parameters,
             "base": done.get(0, 0.0),
             "curve": [[v, s] for v, s in zip(points, curve, strict=True)],
             "trained": book.trained,

@@ -51,7 +51,9 @@ def learner_section(cell: Cell, size: Size) -> LearnerSection:
     )
 
 
-def make_route(name: str, cell: Cell, backend: TorchBackend, base: Path, bus: Bus) -> OldLogprobRoute:
+def make_route(
+    name: str, cell: Cell, backend: TorchBackend, base: Path, bus: Bus
+) -> OldLogprobRoute:
     """Build a product route around the weights being trained."""
     return ROUTES[name](
         RouteContext(

@@ -59,9 +59,7 @@ def open_backend(path: Path, optimizer: AdamWSettings | None = None) -> TorchBac
     return backend
 
 
-def sampler_state(
-    state: Mapping[str, torch.Tensor], sampler: Sampler
-) -> dict[str, torch.Tensor]:
+def sampler_state(state: Mapping[str, torch.Tensor], sampler: Sampler) -> dict[str, torch.Tensor]:
     """Return copies of the weights as the inference side holds them."""
     match sampler:
         case "fp32":
