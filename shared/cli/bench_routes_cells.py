@@ -120,14 +120,10 @@ class Cell:
 
 def cell_of(facts: dict[str, Any]) -> Cell:
     """Return the cell that `asdict` was made from."""
-    setting = facts["setting"]
-    return Cell(
-        **{
-            **facts,
-            "setting": Setting(**{**setting, "mask": tuple(setting["mask"])}),
-            "shadows": tuple(facts["shadows"]),
-        }
-    )
+    at: dict[str, Any] = facts["setting"]
+    setting = Setting(lr=at["lr"], clip=at["clip"], mask=(at["mask"][0], at["mask"][1]))
+    others: dict[str, Any] = {**facts, "shadows": tuple(facts["shadows"]), "setting": setting}
+    return Cell(**others)
 
 
 def error_cells(seeds: Sequence[int] = ERROR_SEEDS) -> list[Cell]:
@@ -179,7 +175,7 @@ def confirm_cells(
 
 
 def sweep_cells(seeds: Sequence[int] = SWEEP_SEEDS) -> list[Cell]:
-    """Thresholds, decays and resets. Exploratory."""
+    """Thresholds, decays, resets, and the return at every fixed lag. Exploratory."""
     cells: list[Cell] = []
     for seed in seeds:
         for sampler in SAMPLERS:
@@ -196,5 +192,11 @@ def sweep_cells(seeds: Sequence[int] = SWEEP_SEEDS) -> list[Cell]:
                 replace(at, route=route, lag="jump", auto_reset=reset, label="reset")
                 for route in ("ewma_prox", "ppo_ewma_async")
                 for reset in (False, True)
+            ]
+            cells += [
+                replace(at, route=route, lag=lag, setting=Setting(), label="lags")
+                for lag in LAGS
+                for route in METHODS
+                if lag != "mixed8"
             ]
     return cells

@@ -39,7 +39,7 @@ def choose(found: Rows, *, complete: int) -> dict[Sampler, Chosen] | None:
     if not complete or len(found) < complete:
         return None
     chosen: dict[Sampler, Chosen] = {}
-    for sampler in dict.fromkeys(cell.sampler for cell in found):
+    for sampler in samplers(found):
         auc = {
             route: {at: _mean_auc(found, sampler, route, at) for at in _grid(found)}
             for route in METHODS
@@ -52,13 +52,18 @@ def choose(found: Rows, *, complete: int) -> dict[Sampler, Chosen] | None:
     return chosen
 
 
+def samplers(found: Rows) -> list[Sampler]:
+    """Return the discrepancies that occur, in order."""
+    return list(dict.fromkeys(cell.sampler for cell in found))
+
+
 def family(found: Rows) -> list[dict[str, Any]]:
     """Return the contrasts in order, with Holm's correction over all of them.
 
     `p_holm` and `verdict` are set only by `corrected`, once every cell is there.
     """
     contrasts: list[dict[str, Any]] = []
-    for sampler in dict.fromkeys(cell.sampler for cell in found):
+    for sampler in samplers(found):
         for first, second in ERROR_CONTRASTS:
             for outcome in ERROR_OUTCOMES:
                 left = _by_seed(found, sampler, "error", EXACT, _error(first, outcome))
@@ -81,7 +86,7 @@ def corrected(contrasts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def beside(found: Rows) -> list[dict[str, Any]]:
     """Return what is reported without a claim."""
     rows: list[dict[str, Any]] = []
-    for sampler in dict.fromkeys(cell.sampler for cell in found):
+    for sampler in samplers(found):
         rows += _returns(found, sampler, "tuned", "tuned", "final", kind="tuned")
         for outcome in ("auc", "final"):
             rows += _returns(found, sampler, "shared", "shared", outcome, kind="shared")

@@ -1,7 +1,7 @@
 """What each route costs: every route asked about the same batches of one run, then extrapolated.
 
 Measured: seconds on the learner's critical path, CPU-seconds in all, bytes. Extrapolated to the
-paper's models: from forwarded tokens and held bytes per parameter, under `ASSUMED`.
+paper's models: from forwarded tokens, loads and what is held, under `ASSUMED`.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ class Assumed:
     train_flops_per_forward: float = 3.0
     bytes_per_parameter: float = 2.0
     """bfloat16 weights."""
+    delta_ratio: float = 0.0082
+    """Bytes of one version's delta over those of the weights at lr 1e-6 (`docs/weights.md`)."""
+    versions: int = 12
+    """Held besides the full copy."""
 
 
 ASSUMED = Assumed()
@@ -79,18 +83,19 @@ def costs(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         critical_s, extra_s = own["critical_s"], own["cpu_s"]
         forward_tokens, loads, held = own["forward_tokens"], 0.0, own["held_bytes"]
         idle_s = 0.0
-        if name in ("oracle", "interrupt"):
-            forward_tokens, loads = scoring["forward_tokens"], scoring["loads"]
-            extra_s += scoring["cpu_s"]
         match name:
             case "oracle":
-                # Its history and its model, in a process of its own; rollouts, learner and oracle
-                # work at the same time, and the slowest of them makes the step.
-                held = measured["snapshot_old"]["held_bytes"]
-                idle_s = max(sampling_s, training_s, scoring["cpu_s"]) - scoring["cpu_s"]
+                # The work of snapshot_old (history, canary, packs of one version) in a process of
+                # its own; rollouts, learner and oracle work at once, the slowest makes the step.
+                own = measured["snapshot_old"]
+                extra_s, held, loads = own["cpu_s"], own["held_bytes"], scoring["loads"]
+                forward_tokens = own["forward_tokens"]
+                idle_s = max(sampling_s, training_s, extra_s) - extra_s
             case "interrupt":
                 # Nobody samples while the learner scores; no version but the present is loaded.
-                critical_s, idle_s, loads = critical_s + scoring["cpu_s"], scoring["cpu_s"], 0.0
+                forward_tokens = scoring["forward_tokens"]
+                extra_s += scoring["cpu_s"]
+                critical_s, idle_s = critical_s + scoring["cpu_s"], scoring["cpu_s"]
             case "snapshot_old":
                 loads = scoring["loads"]
             case "ewma_prox" | "ppo_ewma_async":
@@ -105,7 +110,6 @@ def costs(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             "idle_s": idle_s,
             "total_cpu_s": sampling_s + training_s + extra_s + idle_s,
             "held_bytes": held,
-            "held_copies": held / (4.0 * result["num_parameters"]),
             "forward_ratio": forward_tokens / tokens if tokens else 0.0,
             "loads": loads,
         }
@@ -120,6 +124,14 @@ def extrapolated(
     """Scale one measured row to a model of the paper."""
     forward_s = row["forward_ratio"] * assumed.tokens_per_step * 2.0 * model.active / assumed.flops
     weights = model.parameters * assumed.bytes_per_parameter
+    # On the host; the model that scores is on a device in either case.
+    match row["route"]:
+        case "oracle" | "snapshot_old":
+            held = weights * (1.0 + assumed.versions * assumed.delta_ratio)
+        case "ewma_prox" | "ppo_ewma_async":
+            held = 4.0 * model.parameters
+        case _:
+            held = 0.0
     load_s = row["loads"] * weights / assumed.load_bytes_per_s
     training_s = assumed.train_flops_per_forward * (
         assumed.tokens_per_step * 2.0 * model.active / assumed.flops
@@ -127,7 +139,7 @@ def extrapolated(
     on_path = row["route"] != "oracle"
     paper = model.paper.get(row["route"], (None, None))
     return {
-        "gb": row["held_copies"] * weights / 1e9,
+        "gb": held / 1e9,
         "critical_s": forward_s + load_s if on_path else 0.0,
         "total_s": forward_s + load_s,
         "share_of_training": (forward_s + load_s) / training_s,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.cli.bench_routes_cells import METHODS, SAMPLERS
+from shared.cli.bench_routes_cells import LAGS, METHODS, SAMPLERS
 from shared.cli.report_style import FULL, C, figure, legend_above, standalone
 
 COLOURS = dict(
@@ -27,7 +27,12 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
     figures: dict[str, Callable[[], str]] = {}
     if "error" in result:
         rows = result["error"]["rows"]
-        figures["routes_error_by_lag.svg"] = lambda: error_by_lag(rows)
+        figures["routes_error_by_lag.svg"] = lambda: by_lag(
+            rows, "error_mean", "mean |error| of the old log-prob, nats"
+        )
+        figures["routes_wrong_by_lag.svg"] = lambda: by_lag(
+            rows, "wrong_any", "share of wrong decisions"
+        )
         figures["routes_error_by_age.svg"] = lambda: error_by_age(rows)
     if "confirm" in result:
         figures["routes_return.svg"] = lambda: returns(result["confirm"]["rows"], "tuned")
@@ -37,30 +42,32 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[str]:
         figures["routes_thresholds.svg"] = lambda: thresholds(swept)
         figures["routes_beta.svg"] = lambda: beta(swept)
         figures["routes_reset.svg"] = lambda: resets(swept)
+        figures["routes_return_by_lag.svg"] = lambda: by_lag(
+            [row for row in swept if row["label"] == "lags"], "final", "final return"
+        )
     for name, make in figures.items():
         (folder / name).write_text(standalone(make()))
     return list(figures)
 
 
-def error_by_lag(rows: Rows) -> str:
-    """Mean |error| of every route against the fixed lag; mixed ages to the right."""
-    lags = ["0", "2", "4", "8", "16", "mixed8"]
+def by_lag(rows: Rows, name: str, title: str) -> str:
+    """One figure of every route against the fixed lag; mixed ages to the right."""
+    lags = [lag for lag in LAGS if any(row["lag"] == lag for row in rows)]
     with figure(FULL, 3.3, columns=len(SAMPLERS)) as sheet:
         for axis, sampler in zip(sheet.axes, SAMPLERS, strict=True):
-            for route in METHODS[1:]:
-                points = [
-                    (lags.index(row["lag"]), row["error_mean"])
+            for route in METHODS:
+                points = sorted(
+                    (lags.index(row["lag"]), row[name])
                     for row in rows
                     if (row["sampler"], row["route"]) == (sampler, route) and row["lag"] in lags
-                ]
-                points.sort()
+                )
                 axis.plot(
                     [x for x, _ in points], [y for _, y in points], "o-", color=COLOURS[route],
                     label=route, markersize=4,
                 )  # fmt: skip
             axis.set_xticks(range(len(lags)), lags)
             axis.set_xlabel(f"lag in versions, {sampler} sampler")
-        sheet.axes[0].set_ylabel("mean |error| of the old log-prob, nats")
+        sheet.axes[0].set_ylabel(title)
         legend_above(sheet.axes[0])
     return sheet.svg
 

@@ -104,13 +104,15 @@ def _confirm_part(found: Mapping[Cell, Row], *, complete: bool) -> dict[str, Any
 def _sweeps_part(found: Mapping[Cell, Row], *, complete: bool) -> dict[str, Any]:
     groups: dict[Any, list[Row]] = {}
     for cell, row in found.items():
-        at = (cell.label, cell.sampler, cell.route, cell.setting, cell.beta, cell.auto_reset)
+        knobs = (cell.setting, cell.beta, cell.auto_reset)
+        at = (cell.label, cell.sampler, cell.lag, cell.route, *knobs)
         groups.setdefault(at, []).append(row)
     return {
         "rows": [
             {
                 "label": label,
                 "sampler": sampler,
+                "lag": lag,
                 "route": route,
                 "clip": setting.clip,
                 "mask": list(setting.mask),
@@ -126,7 +128,7 @@ def _sweeps_part(found: Mapping[Cell, Row], *, complete: bool) -> dict[str, Any]
                 "versions": [v for v, _ in runs[0]["curve"]],
                 "curve": np.mean([[s for _, s in run["curve"]] for run in runs], 0).tolist(),
             }
-            for (label, sampler, route, setting, beta, auto_reset), runs in groups.items()
+            for (label, sampler, lag, route, setting, beta, auto_reset), runs in groups.items()
         ]
     }
 
@@ -171,7 +173,7 @@ def tables(result: Mapping[str, Any]) -> list[str]:
     if "sweeps" in result:
         lines += ["", "sweeps (exploratory)"]
         lines += [
-            f"  {row['label']:10} {row['sampler']:4} {row['route']:18} clip {row['clip']:g} mask "
+            f"  {row['label']:10} {row['sampler']:4} lag {row['lag']:6} {row['route']:22} clip {row['clip']:g} mask "
             f"{row['mask']} beta {row['beta']} reset {row['auto_reset']}: auc {row['auc']:.3f} "
             f"final {row['final']:.3f} collapsed {row['collapsed']}/{row['runs']}"
             for row in result["sweeps"]["rows"]

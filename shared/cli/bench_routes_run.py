@@ -6,11 +6,10 @@ waits for them, the route, the trainer. What is measured beside it costs its run
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,50 +27,18 @@ from services.rollout.engine import EngineDead
 from shared.algo.advantages import ADVANTAGES, group_advantages
 from shared.algo.policy_loss import PolicyLoss
 from shared.backends.adamw import AdamWSettings
+from shared.cli.bench_routes_book import Book
 from shared.cli.bench_routes_cells import Cell, Size
 from shared.cli.bench_routes_episodes import Play, Player, oldest_age, turn_versions
-from shared.cli.bench_routes_errors import Sums, added, arrival, differences, means
+from shared.cli.bench_routes_errors import added, arrival, differences
 from shared.cli.bench_routes_exact import ExactScorer, Ring
 from shared.cli.bench_routes_sides import PACK_TOKENS, Published, learner_section, make_route
 from shared.cli.bench_routes_world import base_policy, open_backend, sampler_state
 from shared.wire.journal import Batch
-from shared.wire.messages import SequenceScore, TaskRef
-
-COLLAPSED_BELOW = 0.5
-"""Of the best progress evaluation."""
-
-STUCK_BELOW = 0.40
-STUCK_MIXED = 0.05
-STUCK_VERSIONS = 10
-"""Stuck: in the last versions hardly a group has two outcomes, and the return is about that of the
-best fixed path, 0.35: the policy is deterministic and ignores the map."""
+from shared.wire.messages import TaskRef
 
 ALWAYS_ASKED = ("ewma_prox", "ppo_ewma_async")
 """Their anchors move when they are asked."""
-
-Old = Mapping[str, tuple[SequenceScore, ...]]
-
-
-@dataclass
-class Book:
-    """What a run leaves behind."""
-
-    evals: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
-    errors: dict[str, list[dict[str, float]]] = field(
-        default_factory=dict[str, list[dict[str, float]]]
-    )
-    by_age: dict[str, Sums] = field(default_factory=dict[str, Sums])
-    costs: dict[str, list[dict[str, float]]] = field(
-        default_factory=dict[str, list[dict[str, float]]]
-    )
-    steps: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
-    trained: list[float] = field(default_factory=list[float])
-    """Mean reward of every batch."""
-    mixed: list[float] = field(default_factory=list[float])
-    """Share of groups with two outcomes."""
-
-    def cost(self, name: str, **figures: float) -> None:
-        self.costs.setdefault(name, []).append(figures)
 
 
 class Run:
@@ -123,7 +90,7 @@ class Run:
             await self._evaluate(0)
             for version in range(self._section.versions):
                 await self._step(version)
-                if self._evaluates(version + 1):
+                if version + 1 in self._points:
                     await self._evaluate(version + 1)
         except (EngineDead, FloatingPointError, ValueError) as error:
             failure = f"{type(error).__name__}: {error}"
@@ -132,7 +99,11 @@ class Run:
                 await route.close()
             await self._player.close()
             await self._published.close()
-        return self._result(failure) | {
+        return {
+            "key": self._cell.key,
+            "cell": asdict(self._cell),
+            "num_parameters": self._backend.num_parameters,
+            **self._book.outcome(self._points, failure),
             "seconds": time.perf_counter() - wall,
             "cpu_s": time.process_time() - cpu,
         }
@@ -275,8 +246,11 @@ class Run:
         if "snapshot_old" in self._routes:
             await self._published.publish(version)
 
-    def _evaluates(self, version: int) -> bool:
-        return version % self._size.eval_every == 0 or version == self._section.versions
+    @property
+    def _points(self) -> list[int]:
+        """Versions that are evaluated, the base apart."""
+        last, every = self._section.versions, self._size.eval_every
+        return [v for v in range(1, last + 1) if v % every == 0 or v == last]
 
     async def _evaluate(self, version: int) -> None:
         last = version == self._section.versions
@@ -294,41 +268,3 @@ class Run:
             raise FloatingPointError(f"weights of version {version} are not finite")
         played = await self._player.play(plays, lambda _: state)
         self._book.evals.append((version, sum(t.reward for t in played) / count))
-
-    def _result(self, failure: str) -> dict[str, Any]:
-        book, last = self._book, self._section.versions
-        done = dict(book.evals)
-        points = [v for v in range(1, last + 1) if self._evaluates(v)]
-        curve = [done.get(version, 0.0) for version in points]
-        best, final = max(curve), curve[-1]
-        last_mixed = book.mixed[-STUCK_VERSIONS:]
-        stuck = final < STUCK_BELOW and sum(last_mixed) < STUCK_MIXED * len(last_mixed)
-        return {
-            "key": self._cell.key,
-            "cell": asdict(self._cell),
-            "failure": failure,
-            "num_parameters": self._backend.num_parameters,
-            "base": done.get(0, 0.0),
-            "curve": [[v, s] for v, s in zip(points, curve, strict=True)],
-            "trained": book.trained,
-            "mixed": book.mixed,
-            "auc": sum(curve) / len(curve),
-            "final": final,
-            "collapsed": bool(failure) or stuck or final < COLLAPSED_BELOW * best,
-            "errors": {name: means(rows) for name, rows in book.errors.items()},
-            "by_age": book.by_age,
-            "costs": {name: means(rows) for name, rows in book.costs.items()},
-            "steps": {
-                name: value
-                for name, value in means(book.steps).items()
-                if name in REPORTED and math.isfinite(value)
-            },
-        }
-
-
-REPORTED = (
-    "d_k3", "s_k3", "rej_any", "clipped_on_arrival", "contributing", "staleness_mean",
-    "versions_per_trajectory", "mixed_version_ratio", "grad_norm", "loss_tokens", "skipped_steps",
-    "ess_ratio", "num_loss_tokens",
-)  # fmt: skip
-"""Of the trainer's scalars, averaged over the run."""

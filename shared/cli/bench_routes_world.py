@@ -89,11 +89,11 @@ def _is_projection(name: str) -> bool:
 
 def _blank(path: Path, size: Size, seed: int) -> Path:
     """Write a model directory with fresh weights."""
-    from transformers import AutoConfig, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
     heads = 4
-    config = AutoConfig.from_pretrained(
+    config = Qwen3Config.from_pretrained(
         BASE_OF_DEMO,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
