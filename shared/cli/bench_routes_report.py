@@ -173,8 +173,9 @@ def tables(result: Mapping[str, Any]) -> list[str]:
     if "sweeps" in result:
         lines += ["", "sweeps (exploratory)"]
         lines += [
-            f"  {row['label']:10} {row['sampler']:4} lag {row['lag']:6} {row['route']:22} clip {row['clip']:g} mask "
-            f"{row['mask']} beta {row['beta']} reset {row['auto_reset']}: auc {row['auc']:.3f} "
+            f"  {row['label']:10} {row['sampler']:4} lag {row['lag']:6} {row['route']:22} clip "
+            f"{row['clip']:g} mask {row['mask']} beta {row['beta']} reset {row['auto_reset']}: "
+            f"auc {row['auc']:.3f} "
             f"final {row['final']:.3f} collapsed {row['collapsed']}/{row['runs']}"
             for row in result["sweeps"]["rows"]
         ]
