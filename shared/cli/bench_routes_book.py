@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,10 @@ class Book:
     costs: dict[str, list[dict[str, float]]] = field(
         default_factory=dict[str, list[dict[str, float]]]
     )
+    health: dict[str, list[dict[str, float]]] = field(
+        default_factory=dict[str, list[dict[str, float]]]
+    )
+    """Further scalars of a route, by version."""
     steps: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     trained: list[float] = field(default_factory=list[float])
     """Mean reward of every batch."""
@@ -71,9 +75,17 @@ class Book:
             "errors": {name: means(rows) for name, rows in self.errors.items()},
             "by_age": self.by_age,
             "costs": {name: means(rows) for name, rows in self.costs.items()},
+            "health": {
+                name: {**means(rows), **_counters(rows[-1])} for name, rows in self.health.items()
+            },
             "steps": {
                 name: value
                 for name, value in means(self.steps).items()
                 if name in REPORTED and math.isfinite(value)
             },
         }
+
+
+def _counters(last: Mapping[str, float]) -> dict[str, float]:
+    """Return the counts of resets at the end of the run: their mean says nothing."""
+    return {name: value for name, value in last.items() if name.startswith("ewma_resets_")}

@@ -187,7 +187,10 @@ def sweep_cells(seeds: Sequence[int] = SWEEP_SEEDS) -> list[Cell]:
                 for clip in CLIPS
             ]
             cells += [replace(at, route="ewma_prox", beta=b, label="beta") for b in BETAS]
-            cells.append(replace(at, route="ppo_ewma_async", label="beta"))
+            cells += [
+                replace(at, route="ppo_ewma_async", auto_reset=reset, label="beta")
+                for reset in (None, False)
+            ]
             cells += [
                 replace(at, route=route, lag="jump", auto_reset=reset, label="reset")
                 for route in ("ewma_prox", "ppo_ewma_async")

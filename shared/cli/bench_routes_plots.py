@@ -135,7 +135,7 @@ def thresholds(rows: Rows) -> str:
 
 
 def beta(rows: Rows) -> str:
-    """Error and final return of fixed decays; the line is age tracking."""
+    """Error and final return of fixed decays; the lines are age tracking, dotted without resets."""
     chosen = [row for row in rows if row["label"] == "beta"]
     with figure(FULL, 3.3, columns=2) as sheet:
         for axis, name in zip(sheet.axes, ("error_mean", "final"), strict=True):
@@ -150,9 +150,10 @@ def beta(rows: Rows) -> str:
                 )  # fmt: skip
                 for row in own:
                     if row["route"] == "ppo_ewma_async" and row[name] is not None:
+                        free = row["auto_reset"] is False
                         axis.axhline(
-                            row[name], color=colour, linestyle="--",
-                            label=f"age-tracking, {sampler}",
+                            row[name], color=colour, linestyle=":" if free else "--",
+                            label=f"age-tracking{', no resets' if free else ''}, {sampler}",
                         )  # fmt: skip
             axis.set_xlabel("beta")
             axis.set_ylabel({"error_mean": "mean |error|, nats", "final": "final return"}[name])

@@ -123,6 +123,7 @@ def _sweeps_part(found: Mapping[Cell, Row], *, complete: bool) -> dict[str, Any]
                 "final": float(np.mean([run["final"] for run in runs])),
                 "collapsed": sum(bool(run["collapsed"]) for run in runs),
                 "rejected": float(np.mean([run["steps"].get("rej_any", 0.0) for run in runs])),
+                "resets": float(np.mean([_resets(run, route) for run in runs])),
                 "error_mean": _error_of(runs, route, "error_mean"),
                 "wrong_any": _error_of(runs, route, "wrong_any"),
                 "versions": [v for v, _ in runs[0]["curve"]],
@@ -136,6 +137,12 @@ def _sweeps_part(found: Mapping[Cell, Row], *, complete: bool) -> dict[str, Any]
 def _error_of(runs: Sequence[Row], route: str, name: str) -> float | None:
     found = [run["errors"][route][name] for run in runs if name in run["errors"].get(route, {})]
     return float(np.mean(found)) if found else None
+
+
+def _resets(run: Row, route: str) -> float:
+    """Return how often the run's anchor was reset, all causes together."""
+    health = run["health"].get(route, {})
+    return sum(value for name, value in health.items() if name.startswith("ewma_resets_"))
 
 
 _PARTS: Mapping[str, Callable[..., dict[str, Any]]] = {

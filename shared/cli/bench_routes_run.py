@@ -197,6 +197,8 @@ class Run:
             forward_tokens=float(old.cost.forward_tokens),
             held_bytes=float(old.cost.held_bytes),
         )
+        if old.health:
+            self._book.health.setdefault(name, []).append(dict(old.health))
         return old
 
     # --- beside the run
