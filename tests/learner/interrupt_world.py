@@ -17,6 +17,8 @@ from services.env_agents import service as env_agents
 from services.env_agents.config import EnvAgentsConfig
 from services.learner import service as learner
 from services.learner.config import LearnerConfig
+from services.logit_oracle import service as logit_oracle
+from services.logit_oracle.config import LogitOracleConfig
 from services.rollout import service as rollout
 from services.rollout.config import RolloutConfig
 from shared.algo.batching import pack
@@ -35,11 +37,17 @@ from shared.wire.trajectory import Trajectory
 
 BASE = "examples/frozen_lake/base"
 SUBJECTS = Subjects("fence")
-CONFIGS = {"learner": LearnerConfig, "env_agents": EnvAgentsConfig, "rollout": RolloutConfig}
+CONFIGS = {
+    "learner": LearnerConfig,
+    "env_agents": EnvAgentsConfig,
+    "rollout": RolloutConfig,
+    "logit_oracle": LogitOracleConfig,
+}
 SERVE: dict[str, Callable[..., Awaitable[None]]] = {
     "learner": learner.serve,
     "env_agents": env_agents.serve,
     "rollout": rollout.serve,
+    "logit_oracle": logit_oracle.serve,
 }
 
 
