@@ -61,10 +61,13 @@ def by_lag(rows: Rows, name: str, title: str) -> str:
                     for row in rows
                     if (row["sampler"], row["route"]) == (sampler, route) and row["lag"] in lags
                 )
-                axis.plot(
-                    [x for x, _ in points], [y for _, y in points], "o-", color=COLOURS[route],
-                    label=route, markersize=4,
-                )  # fmt: skip
+                fixed = [point for point in points if lags[point[0]] != "mixed8"]
+                mixed = [point for point in points if point not in fixed]
+                for part, style in ((fixed, "o-"), (mixed, "D")):
+                    axis.plot(
+                        [x for x, _ in part], [y for _, y in part], style, color=COLOURS[route],
+                        label=route if part is fixed else None, markersize=4,
+                    )  # fmt: skip
             axis.set_xticks(range(len(lags)), lags)
             axis.set_xlabel(f"lag in versions, {sampler} sampler")
         sheet.axes[0].set_ylabel(title)
