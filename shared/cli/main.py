@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -113,6 +114,19 @@ def _audit(arguments: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    from shared.cli import explain
+
+    _require_run(arguments.run_dir)
+    explained = explain.run(arguments.run_dir, arguments.trajectory)
+    if arguments.json:
+        print(json.dumps(explained.as_dict(), indent=2, allow_nan=False))
+    else:
+        columns = shutil.get_terminal_size(fallback=(200, 24)).columns
+        print(explain.table(explained, columns))
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from shared.cli.config_cmd import read, validate
 
@@ -191,6 +205,13 @@ def _add_looks(commands: _Commands) -> None:
     audit.add_argument("--tokens", type=_count, default=2400)
     audit.add_argument("--seed", type=int, default=0, help="of the choice of tokens")
     audit.add_argument("--json", action="store_true")
+
+    explain = commands.add_parser("explain", help="one trajectory, token by token")
+    explain.set_defaults(run=_explain)
+    explain.add_argument("trajectory", metavar="ID", help="ticket id, or attempt id")
+    explain.add_argument("run_dir", type=Path, nargs="?", default=Path("runs/demo"),
+                         help="default: runs/demo")  # fmt: skip
+    explain.add_argument("--json", action="store_true", help="every token, see docs/explain.md")
 
     config = commands.add_parser("config", help="check or show a values file")
     parts = config.add_subparsers(metavar="check|show", required=True)

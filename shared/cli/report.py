@@ -11,13 +11,21 @@ from typing import Any, cast
 import jinja2
 from markupsafe import Markup
 
-from shared.cli import report_figures, report_header, report_panels, report_system, summary
+from shared.cli import (
+    report_explained,
+    report_figures,
+    report_header,
+    report_panels,
+    report_system,
+    summary,
+)
 from shared.cli.ledger import Ledger, of_run
 from shared.cli.records import RunRecords, load
 from shared.cli.report_data import evaluations, k3_by_age, pooled, regions, steps
 from shared.cli.report_style import css_variables, standalone
 from shared.cli.report_trajectory import explain
 from shared.cli.time_use import busy_grid, lives
+from shared.cli.token_text import shown
 from shared.runtime.errors import ConfigError
 
 _GRID_S = 2.0
@@ -44,7 +52,7 @@ def render(records: RunRecords, ledger: Ledger, facts: dict[str, Any]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(shown=_shown, nats=_nats, ratio=_ratio)
+    environment.filters.update(shown=shown, nats=_nats, ratio=_ratio, signed=_signed, plain=_plain)
     source = resources.files("shared.cli").joinpath("report.html.j2").read_text(encoding="utf-8")
     context = {
         "css_variables": Markup(css_variables()),
@@ -58,7 +66,7 @@ def render(records: RunRecords, ledger: Ledger, facts: dict[str, Any]) -> str:
         **report_panels.time_use(records, facts),
         **report_panels.ledger_rows(records, ledger),
         **report_panels.weights(records),
-        **report_panels.trajectory(explain(records, ledger)),
+        **report_explained.trajectory(explain(records, ledger)),
         **report_panels.reproduce(records),
     }
     return environment.from_string(source).render(context)
@@ -104,14 +112,17 @@ def _figures(records: RunRecords, ledger: Ledger) -> dict[str, Markup | None]:
     return {name: Markup(svg) if svg else None for name, svg in drawn.items()}
 
 
-def _shown(text: str) -> str:
-    """Make white space visible; a line break follows its sign."""
-    return text.replace(" ", "·").replace("\n", "⏎")
-
-
 def _nats(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4f}".replace("-", "−")
 
 
 def _ratio(log_ratio: float) -> str:
     return "–" if math.isnan(log_ratio) else f"{math.exp(log_ratio):.3f}"
+
+
+def _signed(value: float, form: str = "+.3f") -> str:
+    return "–" if math.isnan(value) else format(value, form).replace("-", "−")
+
+
+def _plain(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"

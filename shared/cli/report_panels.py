@@ -18,7 +18,6 @@ from shared.cli.report_data import (
     steps,
 )
 from shared.cli.report_system import ROLE_COLOURS
-from shared.cli.report_trajectory import Explained
 from shared.cli.time_use import Life, lives, total
 
 Context = dict[str, Any]
@@ -33,7 +32,6 @@ _COUNTERS = {
     "env_agents": ("episodes", "env_steps", "failed_episodes", "resumed_turns", "sample_retries"),
     "logit_oracle": ("trajectories", "scored_tokens", "moves", "canary_checks"),
 }
-_VERSION_COLOURS = ("blue", "amber", "violet", "green", "red")
 
 
 def exactness(audit: AuditResult | None) -> Context:
@@ -209,37 +207,6 @@ def weights(records: RunRecords) -> Context:
             f"pausing {1e3 * pause:.0f} ms"
         )
     return {"weights_reading": "; ".join(parts) + "." if parts else ""}
-
-
-def trajectory(t: Explained | None) -> Context:
-    """The explained trajectory's heading and rows."""
-    if t is None:
-        return {"t": None, "trajectory_reading": "", "version_colours": {}, "token_rows": []}
-    colours = {v: _VERSION_COLOURS[i % len(_VERSION_COLOURS)] for i, v in enumerate(t.versions)}
-    rows: list[Context] = []
-    previous = None
-    for token in t.tokens:
-        if not token.sampled:
-            continue
-        switch = ""
-        if previous is not None and token.version != previous.version:
-            where = "inside the turn" if token.turn == previous.turn else "between turns"
-            switch = (
-                f"v{previous.version} → v{token.version} {where}: the prefix is recomputed under "
-                f"v{token.version}, from here on tokens carry its stamp"
-            )
-        rows.append({"token": token, "switch": switch})
-        previous = token
-    reading = (
-        f"Ticket {t.ticket_id} (group {t.group_id}), issued at v{t.issue_version}, sampled by "
-        f"{' and '.join(f'v{v}' for v in t.versions)} on {', '.join(t.pods) or 'a rollout'}, "
-        f"{t.status}, reward {t.reward:g}, advantage {t.advantage:+.3f}; trained in the step from "
-        f"v{t.batch_version}. D = exp(old − sampler), S = exp(current − old), current being the "
-        f"policy at the start of that step; the audit's own forward stands beside the old log-prob."
-    )
-    return {
-        "t": t, "trajectory_reading": reading, "version_colours": colours, "token_rows": rows,
-    }  # fmt: skip
 
 
 def reproduce(records: RunRecords) -> Context:
