@@ -116,18 +116,20 @@ async def test_an_example_trains_two_versions_over_the_bus(route: str, tmp_path:
     assert [report.version for report in reports] == [1, 2]
     assert [batch.version for batch in batches] == [0, 1]
     assert isinstance(journal[-1], RunFinished)
+    # a batch in which no group has two outcomes trains nothing
+    trained = [report for report in reports if report.scalars["loss_tokens"] > 0]
+    assert trained
     exact = 1.0 if route in EXACT else 0.0
-    for report in reports:
+    for report in trained:
         assert report.scalars["old_logits_exact_ratio"] == exact
         assert report.scalars["fallback_tokens"] == 0
         assert report.scalars["exact_tokens"] == exact * report.scalars["loss_tokens"]
-        assert report.scalars["loss_tokens"] > 0
         assert report.scalars["rej_any"] < 0.5
-    for version in range(VERSIONS):
-        assert any(not torch.equal(states[version][n], states[version + 1][n]) for n in states[0])
+        before, after = states[report.version - 1], states[report.version]
+        assert any(not torch.equal(before[name], after[name]) for name in before)
     assert bool(scores) == (route in {"oracle", "interrupt"})
     forwarded = [report.scalars["old_logprobs_forward_tokens"] > 0 for report in reports]
     assert all(forwarded) == (route not in {"oracle", "rollout"} and "interp" not in route)
     # up to age 1 an interpolated proxy is the sampler's log-prob itself
     is_sampler = route == "rollout" or "interp" in route
-    assert all((r.scalars["d_abs_log_max"] == 0) == is_sampler for r in reports)
+    assert all((r.scalars["d_abs_log_max"] == 0) == is_sampler for r in trained)
