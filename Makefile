@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 SEED ?= 0
 SEEDS ?= 10
+TEST_JOBS ?= 2
 BIN := $(VENV)/bin
 # One thread per process, or several processes collapse on few cores.
 RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false \
@@ -43,7 +44,7 @@ bench-routes: $(DEMO) ## every old-logit route against the exact answer: hours, 
 	$(RUN) $(BIN)/python -m shared.cli.bench_routes $(ROUTES_ARGS)
 
 test: $(DEV) ## the default suite, without the kill matrix
-	$(RUN) $(BIN)/python -m pytest -m "not chaos" $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -m "not chaos" -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 $(S3): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) s3-test

@@ -125,7 +125,7 @@ def test_every_stored_subject_of_a_run_has_exactly_its_stream():
         "scores": subjects.score("t"), "journal": subjects.journal,
         "manifests": subjects.manifest, "chunks": subjects.chunk("u", 0),
         "blobs": subjects.blob("d", 0), "stats": subjects.stats("step"),
-        "dead": subjects.dead("learner"),
+        "dead": subjects.dead("learner"), "partials": subjects.partial("t"),
     }  # fmt: skip
     assert set(named) == {spec.name for spec in STREAMS}
     for name, subject in named.items():
