@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from services.learner import guards
 from shared.runtime.algo_section import AlgoSection
 from shared.runtime.sections import CommonConfig, Section
 
@@ -58,9 +59,17 @@ class LearnerSection(Section):
     """Longest delay of a publication for rollouts that are behind."""
     shadow_every: int = Field(default=1, gt=0)
     """Versions between comparisons of the shadow routes."""
+    allow_degenerate: tuple[Literal["dead_mask", "dead_clip", "degenerate_objective"], ...] = ()
+    """Guards of the start that a baseline runs into on purpose: warnings instead of refusals."""
 
 
 class LearnerConfig(CommonConfig):
     """What the learner reads."""
 
     learner: LearnerSection = LearnerSection()
+
+    @model_validator(mode="after")
+    def _can_act(self) -> Self:
+        if refused := guards.refused(self):
+            raise ValueError("; ".join(one.line for one in refused))
+        return self

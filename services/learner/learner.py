@@ -28,6 +28,7 @@ from services.learner.reference import Reference
 from services.learner.routes.base import OldLogprobRoute
 from services.learner.staging import CompleteGroup, Scored
 from services.learner.step_report import headline, step_report
+from services.learner.step_telemetry import StepTelemetry
 from services.learner.takeover import (
     Recovery,
     check_own_publication,
@@ -88,6 +89,7 @@ class Learner:
         self._advantage = partial(
             group_advantages, estimator=ADVANTAGES[config.learner.algo.advantage]
         )
+        self._telemetry = StepTelemetry(context, config)
         self._recovery = Recovery(context, desk, journal, with_scores=route.waits_for_scores)
         self._previous: dict[str, torch.Tensor] = {}
         """The head's tensors right after a restart: base of the first delta."""
@@ -146,6 +148,7 @@ class Learner:
         # Read the head only now: whoever owned the run before is fenced from here on.
         await self._publication.start()
         self._reported = await self._last_report()
+        self._telemetry.warn_of(self._config)
         self._context.log.info(
             "run_taken_over", journal_entries=num_entries, from_version=self.version
         )
@@ -266,6 +269,7 @@ class Learner:
             )
         self.optimizer_steps += outcome.optimizer_steps
         await self._route.stepped(batch.version + 1, outcome.scalars)
+        self._telemetry.judge(batch.version, outcome, scored, old.fallback_tokens)
         trained_at = time.time()
         published = await self._commit(batch.version + 1)
         self.version = batch.version + 1
@@ -286,6 +290,7 @@ class Learner:
                 **old.health,
             )
             outcome.scalars.update(self._fence_report.scalars() if self._fence_report else {})
+            self._telemetry.show(outcome)
             report = self._report(batch, members, outcome, published, (started_at, trained_at))
             await self._context.bus.append(
                 self._context.bus.subjects.stats("step"),

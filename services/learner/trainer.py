@@ -110,6 +110,7 @@ class Trainer:
                 "age_k3_d_exact": sums["age_k3_d_sum"],
                 "age_k3_d_current_recompute": sums["age_k3_rho_sum"],
                 "age_k3_s": sums["age_k3_s_sum"],
+                "age_s_abs_log_p99": sums["age_s_abs_log_p99"],
                 "scatter": sums["scatter"],
             }
             return

@@ -121,6 +121,23 @@ def per_age(
     return {"age_count": counts_A.cpu().numpy(), **{k: v.cpu().numpy() for k, v in sums.items()}}
 
 
+def quantile_by_age(
+    ages_N: torch.Tensor, values_N: torch.Tensor, quantile: float, *, num_ages: int | None = None
+) -> np.ndarray:
+    """Return a quantile of a value by age in versions, f64[A]; 0 at ages without tokens.
+
+    Ages at or above `num_ages` fall into the last bin. Unlike the sums of `per_age` these do not
+    add over steps.
+    """
+    ages = ages_N.clamp(min=0).cpu().numpy()
+    size = num_ages or (int(ages.max()) + 1 if ages.size else 1)
+    values, ages = values_N.double().cpu().numpy(), np.minimum(ages, size - 1)
+    found_A = np.zeros(size)
+    for age in np.unique(ages):
+        found_A[age] = np.quantile(values[ages == age], quantile)
+    return found_A
+
+
 def staleness(
     versions_N: torch.Tensor, seq_N: torch.Tensor, *, version_now: int
 ) -> dict[str, float]:

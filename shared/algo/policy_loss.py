@@ -246,6 +246,7 @@ class PolicyLoss:
         trace = TokenTrace(
             log_d_N=ratios.log_d_T,
             log_s_N=ratios.log_s_T.detach(),
+            l_inf_N=torch.where(ratios.finite_T, inf_N, 0.0),
             weight_N=verdict.weight_T,
             adv_N=adv_N,
             versions_N=versions_N,

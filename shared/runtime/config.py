@@ -91,7 +91,7 @@ def describe(error: ValidationError) -> str:
             message = str(problem["msg"]).removeprefix("Value error, ")
             shown = problem["input"]
             given = f" (got {shown!r})" if isinstance(shown, str | int | float) else ""
-            problems.append(f"`{where}`: {message}{given}")
+            problems.append(f"`{where}`: {message}{given}" if where else message)
     return "; ".join(problems)
 
 

@@ -53,6 +53,12 @@ class Context:
     version: int = -1
     counters: dict[str, float] = field(default_factory=dict[str, float])
     gauges: dict[str, float] = field(default_factory=dict[str, float])
+    measured: dict[str, float] = field(default_factory=dict[str, float])
+    """Gauges for Prometheus alone: leases do not carry them."""
+    labelled: dict[tuple[str, str], dict[str, float]] = field(
+        default_factory=dict[tuple[str, str], dict[str, float]]
+    )
+    """The same with one label of bounded values: (name, label) -> value by label value."""
     busy_s: float = 0.0
 
     def count(self, name: str, amount: float = 1.0) -> None:

@@ -67,6 +67,15 @@ class ServiceCollector(Collector):
             yield counter(what, value, f"{what}, since the process started")
         for what, value in sorted(dict(context.gauges).items()):
             yield gauge(what, value, f"{what}, now")
+        for what, value in sorted(dict(context.measured).items()):
+            yield gauge(what, value, f"{what}, of the last step")
+        for (what, label), values in sorted(dict(context.labelled).items()):
+            family = GaugeMetricFamily(
+                metric_name(role, what), f"{what} by {label}, of the last step", labels=[label]
+            )
+            for key, value in sorted(dict(values).items()):
+                family.add_metric([key], value)
+            yield family
         for what, value in sorted(dict(context.bus.counters).items()):
             yield counter(f"bus_{what}", value, f"bus: {what}, since the process started")
         yield counter("busy_seconds", context.busy_s, "own work, waiting excluded")

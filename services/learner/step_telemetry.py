@@ -1,0 +1,126 @@
+"""What a step shows outside: guards and diagnostics as metrics, scalars and log lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from services.learner.config import LearnerConfig
+from services.learner.guards import objections
+from services.learner.staging import Scored
+from services.learner.step_guards import GUARDS, GuardChange, StepFacts, StepGuards
+from services.learner.trainer import StepOutcome
+from shared.runtime.context import Context
+
+PAIRS = {"d": "discrepancy", "s": "staleness", "rho": "total"}
+"""Prefix of the scalars -> value of the label `pair`."""
+PAIR_SCALARS = (
+    "mean", "std", "p1", "p50", "p99", "min", "max", "abs_log_mean", "abs_log_max",
+    "abs_prob_diff_mean", "k1", "k2", "k3", "chi2", "ess_ratio", "seq_chi2", "seq_ess_ratio",
+    "ppl_gap", "ppl_ratio",
+)  # fmt: skip
+"""Exported as `lagwise_learner_ratio_<name>{pair}`."""
+CUTS = (
+    "clip_high", "clip_low", "dual", "opsm", "m2po", "outside_low", "outside_high", "dppo_low",
+    "dppo_high",
+)  # fmt: skip
+"""Where a trust region stops the gradient; of the survivors."""
+SCALARS = (
+    "loss", "grad_norm", "lr", "entropy_mean", "clipped_on_arrival", "contributing",
+    "zero_advantage", "truncated_frac", "eff_sample_ratio", "weight_mean", "weight_max",
+    "noise_floor", "d_k3_age_slope", "staleness_mean", "staleness_max", "versions_per_trajectory",
+    "version_span_max", "version_span_mean", "mixed_version_ratio", "old_logits_exact_ratio",
+    "sampler_mean_d", "sampler_temperature_off", "skipped_steps",
+)  # fmt: skip
+"""Exported as `lagwise_learner_step_<name>`."""
+
+
+class StepTelemetry:
+    """The learner's last step, for whoever scrapes it."""
+
+    def __init__(self, context: Context, config: LearnerConfig) -> None:
+        self._context = context
+        self._guards = StepGuards(config)
+        for name in GUARDS:
+            context.count(f"guard_{name}_steps", 0.0)
+        self._show_guards()
+
+    def warn_of(self, config: LearnerConfig) -> None:
+        """Log what the configuration is warned about, once."""
+        for one in objections(config):
+            self._context.log.warning(
+                "configuration", key=one.key, reason=one.reason, fix=one.fix, guard=one.name
+            )
+
+    def judge(
+        self, version: int, outcome: StepOutcome, members: Iterable[Scored], fallback_tokens: int
+    ) -> None:
+        """Run the guards on the step from `version` and add their state to its scalars."""
+        mixed_kv = sum(
+            span.stop - span.start
+            for member in members
+            for sequence in member.trajectory.sequences
+            for span in sequence.mixed_kv
+        )
+        before = dict(self._guards.bad_steps)
+        for change in self._guards.observe(StepFacts(version, outcome, mixed_kv, fallback_tokens)):
+            self._log(change, version + 1, outcome.scalars)
+        for name, total in self._guards.bad_steps.items():
+            self._context.count(f"guard_{name}_steps", total - before[name])
+        outcome.scalars["mixed_kv_tokens"] = float(mixed_kv)
+        outcome.scalars.update({f"guard_{n}": float(up) for n, up in self._guards.raised.items()})
+        self._show_guards()
+
+    def show(self, outcome: StepOutcome) -> None:
+        """Export a step's scalars and per-age means."""
+        scalars, labelled = outcome.scalars, self._context.labelled
+        self._context.measured |= {
+            f"step_{name}": scalars[name] for name in SCALARS if name in scalars
+        }
+        for name in PAIR_SCALARS:
+            labelled[f"ratio_{name}", "pair"] = {
+                pair: scalars[f"{prefix}_{name}"]
+                for prefix, pair in PAIRS.items()
+                if f"{prefix}_{name}" in scalars
+            }
+        labelled["rejected_ratio", "cause"] = {
+            name.removeprefix("rej_"): value
+            for name, value in scalars.items()
+            if name.startswith("rej_")
+        }
+        labelled["cut_ratio", "cause"] = {name: scalars[name] for name in CUTS if name in scalars}
+        ages = outcome.arrays.get("age_shadow_tokens")
+        if ages is not None:
+            labelled["tokens", "age"] = _by_age(ages, np.ones_like(ages))
+            labelled["k3_discrepancy", "age"] = _by_age(outcome.arrays["age_k3_d_exact"], ages)
+            labelled["k3_staleness", "age"] = _by_age(outcome.arrays["age_k3_s"], ages)
+
+    def _show_guards(self) -> None:
+        self._context.labelled["guard", "name"] = {
+            name: float(raised) for name, raised in self._guards.raised.items()
+        }
+
+    def _log(self, change: GuardChange, version: int, scalars: Mapping[str, float]) -> None:
+        if not change.raised:
+            self._context.log.info("guard_lowered", guard=change.name, version=version)
+            return
+        shown = ("noise_floor", "d_abs_log_max", "sampler_abs_log_d", "fresh_abs_log_d")
+        self._context.log.warning(
+            "guard_raised",
+            guard=change.name,
+            version=version,
+            reason=GUARDS[change.name],
+            **{name: scalars[name] for name in shown if name in scalars},
+        )
+
+
+def _by_age(
+    sums_A: npt.NDArray[np.floating], counts_A: npt.NDArray[np.floating]
+) -> dict[str, float]:
+    return {
+        str(age): float(total / count)
+        for age, (total, count) in enumerate(zip(sums_A, counts_A, strict=True))
+        if count > 0
+    }
