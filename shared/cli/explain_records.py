@@ -155,7 +155,7 @@ def _trained(
 ) -> _Numbers:
     batch, ticket_id = trained.batch, terminal.ticket_id
     route = RouteOld(route_of(records, config), batch.version, policies)
-    own = _scored(records, trained.member)
+    own = joined(records, trained.member)
     numbers = _Numbers(route.of(own), route.source, notes=[route.note])
     asked: dict[str, Logprobs] = {}
 
@@ -177,7 +177,7 @@ def _trained(
     numbers.knows_current = _known(own.trajectory, numbers.current)
     step = StepRebuilt(config, route.proxy)
     try:
-        members |= {m.ticket_id: _scored(records, m) for g in batch.groups for m in g.members}
+        members |= {m.ticket_id: joined(records, m) for g in batch.groups for m in g.members}
     except (KeyError, WireError) as error:
         numbers.notes.append(f"the step cannot be laid out again, a record is missing: {error}")
         return numbers
@@ -258,7 +258,7 @@ def _notes(
     return notes
 
 
-def _scored(records: RunRecords, member: Member) -> Scored:
+def joined(records: RunRecords, member: Member) -> Scored:
     """Return what the learner joined.
 
     Raises:

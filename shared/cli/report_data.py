@@ -9,11 +9,14 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from shared.algo.correction_specs import IcePop, TokenMask
 from shared.cli.records import RunRecords
 from shared.cli.summary import bootstrap_mean
 from shared.runtime.algo_section import AlgoSection
+from shared.runtime.config import describe
+from shared.runtime.errors import ConfigError
 from shared.wire.journal import Evaluated
 from shared.wire.telemetry import StepReport
 
@@ -134,9 +137,18 @@ def k3_by_age(reports: Iterable[StepReport], min_tokens: float = 30.0) -> K3ByAg
 
 
 def regions(records: RunRecords) -> Regions:
-    """Return the acceptance regions of the run's configuration."""
+    """Return the acceptance regions of the run's configuration.
+
+    Raises:
+        ConfigError: it is of another release.
+    """
     tree = cast("dict[str, Any]", records.setting("learner.algo", {}))
-    algo = AlgoSection.model_validate(tree)
+    try:
+        algo = AlgoSection.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(
+            f"run folder {records.run_dir}: `learner.algo` in resolved.yaml: {describe(error)}"
+        ) from error
     mask = None
     for spec in algo.corrections:
         if isinstance(spec, IcePop | TokenMask):

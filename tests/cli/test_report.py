@@ -212,3 +212,12 @@ def test_a_run_without_shadow_has_no_readme_figure(tmp_path: Path) -> None:
     synthetic.steps = [s.model_copy(update={"arrays": {}}) for s in synthetic.steps]
     with pytest.raises(ConfigError, match=r"old_logprobs\.shadow"):
         report.plot_k3_by_age(synthetic.write(tmp_path / "run"), tmp_path / "x.svg")
+
+
+def test_a_configuration_of_another_release_is_one_line(tmp_path: Path) -> None:
+    run_dir = build(Spec(versions=1)).write(tmp_path / "run")
+    values = (run_dir / "resolved.yaml").read_text()
+    old = values.replace("  learner:\n", "  learner:\n    algo: {veto: 0.1}\n", 1)
+    (run_dir / "resolved.yaml").write_text(old)
+    with pytest.raises(ConfigError, match="`veto` is not a known key"):
+        regions(load(run_dir))
