@@ -19,6 +19,9 @@ _POLL_S = 0.5
 WANTED_PAUSE_S = 10.0
 """A follower that asked keeps asking until it has read the new keyframe; not one for each lease."""
 
+MAX_PAUSE_S = 600.0
+"""Longest pause after keyframes that failed."""
+
 FOLLOWING: tuple[Role, ...] = ("rollout", "logit_oracle")
 
 Reason = Literal["due", "wanted"]
@@ -46,17 +49,31 @@ class Keyframing:
         self._bus: Bus = context.bus
         self._publisher = publisher
         self._board = board
-        self._last = self._swept = float("-inf")
+        self._last = self._swept = self._not_before = float("-inf")
+        self._pause_s = WANTED_PAUSE_S
 
     async def run(self) -> None:
         """Publish keyframes and sweep orphans until cancelled."""
         while True:
+            # The sweep comes first: it frees the room that a keyframe may need.
             try:
-                await self._keyframe()
                 await self._sweep()
             except BusError as error:
-                self._context.log.warning("keyframe_failed", reason=str(error))
+                self._context.log.warning("sweep_failed", reason=str(error))
+            if time.monotonic() >= self._not_before:
+                try:
+                    await self._keyframe()
+                    self._pause_s = WANTED_PAUSE_S
+                except BusError as error:
+                    self._back_off(str(error))
             await asyncio.sleep(_POLL_S)
+
+    def _back_off(self, reason: str) -> None:
+        """Wait longer after each failure: every attempt uploads the whole model."""
+        self._not_before = time.monotonic() + self._pause_s
+        self._context.count("keyframes_failed")
+        self._context.log.warning("keyframe_failed", reason=reason, next_try_s=self._pause_s)
+        self._pause_s = min(2 * self._pause_s, MAX_PAUSE_S)
 
     async def _keyframe(self) -> None:
         now = time.monotonic()

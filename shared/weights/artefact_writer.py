@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from shared.runtime.bus import Bus
-from shared.runtime.errors import BusUnavailable
+from shared.runtime.errors import BusError, BusUnavailable
 from shared.weights import deltas, keyframes
 from shared.weights.chunks import upload
 from shared.weights.deltas import DeltaWriter
@@ -64,16 +64,29 @@ class ArtefactWriter:
         encoding: str,
     ) -> Artefact:
         with self._flying(upload_id):
-            uploaded = await upload(
-                self._bus,
-                kind,
-                pieces,
-                upload_id=upload_id,
-                encoding=encoding,
-                chunk_bytes=self._chunk_bytes,
-            )
+            try:
+                uploaded = await upload(
+                    self._bus,
+                    kind,
+                    pieces,
+                    upload_id=upload_id,
+                    encoding=encoding,
+                    chunk_bytes=self._chunk_bytes,
+                )
+            except BusError:
+                await self._drop(upload_id)
+                raise
         self.first_seqs[upload_id] = uploaded.first_seq
         return uploaded.artefact
+
+    async def _drop(self, upload_id: str) -> None:
+        """Drop the chunks of an upload that failed: a stream that is full must not stay so."""
+        try:
+            end = (await self._bus.stream_state("chunks")).last_seq
+            pattern = f"{self._bus.subjects.prefix}.chunk.{upload_id}.*"
+            await self._bus.purge("chunks", end + 1, subject=pattern)
+        except BusError:
+            return  # the sweep of orphans takes them later
 
     @contextmanager
     def _flying(self, upload_id: str) -> Generator[None]:

@@ -281,6 +281,7 @@ class Publisher:
         Raises:
             BusError: the bus or the store refused or did not answer.
         """
+        flying = set(self._artefacts.in_flight)  # before the log: what lands meanwhile is spared
         named = await read_named_uploads(self._bus)
         older_than = self._clock() - min_age_s
         try:
@@ -288,7 +289,7 @@ class Publisher:
                 self._bus,
                 self._store,
                 # An object store may date a slow upload by its beginning.
-                named=None if named is None else {*named, *self._artefacts.in_flight},
+                named=None if named is None else {*named, *flying, *self._artefacts.in_flight},
                 older_than=older_than,
             )
         except OSError as error:

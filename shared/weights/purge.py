@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 
 from shared.runtime.bus import Bus
+from shared.runtime.errors import BusUnavailable
 from shared.runtime.logs import Log
 from shared.weights.fan_out import fan_out
 from shared.weights.keyframe_store import KeyframeStore
@@ -75,8 +76,8 @@ class Purge:
         try:
             return place.upload_id in await asyncio.to_thread(self._store.list)
         except OSError as error:
-            self._log.warning("keyframe_store_unreadable", reason=str(error))
-            return False
+            # Not to see a keyframe is not to know that it is gone.
+            raise BusUnavailable(f"weights.keyframe_store: {error}") from error
 
     async def _first_chunk(self, uploads: list[str]) -> int | None:
         """Return the smallest sequence of the uploads' first chunks, None when none is there."""

@@ -8,7 +8,8 @@ import uuid
 
 import pytest
 
-from shared.runtime.errors import BusUnavailable
+from shared.runtime.errors import BusUnavailable, StreamFull
+from shared.weights.artefact_writer import ArtefactWriter
 from shared.weights.chunks import download, upload
 from shared.weights.keyframe_store import KeyframeStore
 from shared.weights.orphans import sweep_orphans
@@ -165,3 +166,21 @@ async def test_a_bus_that_does_not_answer_is_not_an_empty_one(new_bus, server, c
     server.set_up(False)
     with pytest.raises(BusUnavailable):
         await sweep_orphans(bus, None, named=set(), older_than=1500.0)
+
+
+async def test_a_keyframe_that_does_not_fit_leaves_no_chunks_behind(new_bus, make_state) -> None:
+    bus = new_bus()
+    full = StreamFull("chunks")
+    append, stored = bus.append, []
+
+    async def fill_up(subject: str, payload: bytes, **options: object) -> int:
+        if ".chunk." in subject and len(stored) >= 3:
+            raise full
+        stored.append(subject)
+        return await append(subject, payload, **options)
+
+    bus.append = fill_up
+    with pytest.raises(StreamFull):
+        await ArtefactWriter(bus, None, 200).keyframe("ab" * 16, make_state(0))
+    assert len(stored) == 3
+    assert await bus.subjects_of("chunks", f"{bus.subjects.prefix}.chunk.*.*") == []
