@@ -5,8 +5,8 @@ T is the number of tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from services.learner.staging import Scored
 from shared.algo.batching import PackedBatch, pack
+from shared.algo.shadow import COMPARED, given_key
 from shared.wire.journal import Batch, Member, TrainedGroup
 from shared.wire.messages import SequenceScore
 from shared.wire.trajectory import Sequence as TokenSequence
@@ -40,10 +41,28 @@ class Item:
 
     reference_logprobs: npt.NDArray[np.floating] | None = None
     """Of the reference model, where `algo.kl` is on."""
+    shadows: Mapping[str, npt.NDArray[np.floating]] = field(
+        default_factory=dict[str, npt.NDArray[np.floating]]
+    )
+    """What further routes say of it, where `compared`; zeros elsewhere."""
+    compared: bool = True
+    """Whether its trajectory is in the sample that shadows look at."""
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class ShadowInputs:
+    """What further routes computed for a step."""
+
+    compared: Collection[str]
+    """Tickets of the sampled trajectories."""
+    by_route: Mapping[str, Mapping[str, tuple[SequenceScore, ...]]] = field(
+        default_factory=dict[str, Mapping[str, tuple[SequenceScore, ...]]]
+    )
+    """Of routes with forwards of their own: by ticket, the sampled ones only."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,7 @@ def build_items(
     members: Mapping[str, Scored],
     old: Mapping[str, tuple[SequenceScore, ...]],
     reference: Mapping[str, Sequence[npt.NDArray[np.floating]]] | None = None,
+    shadows: ShadowInputs | None = None,
 ) -> BatchItems:
     """Arrange a batch in journal order; the same entry gives the same arrays on replay.
 
@@ -75,6 +95,7 @@ def build_items(
         members: its trajectories, by ticket id.
         old: their old log-probs.
         reference: log-probs of the reference model per sequence, where `algo.kl` is on.
+        shadows: of further routes, where they are compared at this step.
     """
     items: list[Item] = []
     sampled = should_train = exact = num_trajectories = 0
@@ -90,10 +111,12 @@ def build_items(
             should_train += num_sampled
             num_trajectories += 1
             of_reference = reference[member.ticket_id] if reference else [None] * len(sequences)
-            for sequence, score, logprobs in zip(
-                sequences, old[member.ticket_id], of_reference, strict=True
+            for index, (sequence, score, logprobs) in enumerate(
+                zip(sequences, old[member.ticket_id], of_reference, strict=True)
             ):
                 item = _item(sequence, score, group, member, num_trajectories, logprobs)
+                if shadows is not None:
+                    item = _shadowed(item, shadows, member.ticket_id, index)
                 own = [entry.version for entry in score.versions if entry.status == "exact"]
                 exact += int((item.loss_mask & np.isin(item.versions, own)).sum())
                 ages.append(batch.version - item.versions[item.loss_mask])
@@ -128,6 +151,10 @@ def pack_items(items: Sequence[Item]) -> PackedBatch:
     references = [i.reference_logprobs for i in items if i.reference_logprobs is not None]
     if references:
         per_token["reference_logprobs"] = references
+    for route in items[0].shadows:
+        per_token[given_key(route)] = [item.shadows[route] for item in items]
+    if not all(item.compared for item in items):
+        per_token[COMPARED] = [np.full(i.num_tokens, i.compared, dtype=np.bool_) for i in items]
     return pack([item.token_ids for item in items], per_token)
 
 
@@ -158,4 +185,18 @@ def _item(
         reward=member.reward,
         trajectory=trajectory,
         reference_logprobs=reference_logprobs,
+    )
+
+
+def _shadowed(item: Item, shadows: ShadowInputs, ticket_id: str, sequence: int) -> Item:
+    compared = ticket_id in shadows.compared
+    return replace(
+        item,
+        compared=compared,
+        shadows={
+            route: by_ticket[ticket_id][sequence].old_logprobs.numpy()
+            if compared
+            else np.zeros_like(item.old_logprobs)
+            for route, by_ticket in shadows.by_route.items()
+        },
     )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from services.learner.config import LearnerSection
 from services.learner.items import BatchItems, Item, pack_items, shuffled_minibatches
@@ -19,7 +21,8 @@ from services.learner.schedule import learning_rate
 from shared.algo.batching import PackedBatch, balance
 from shared.algo.policy_loss import MinibatchLoss, PolicyLoss, count
 from shared.algo.proximal import Proxy
-from shared.backends.base import Backend
+from shared.algo.shadow import ShadowLosses, ShadowStep
+from shared.backends.base import Backend, ForwardOutput, LossFn
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class StepOutcome:
     arrays: dict[str, npt.NDArray[np.floating]]
     optimizer_steps: int
     """Taken in this round; 0 when no token carried loss."""
+    shadows: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict[str, Mapping[str, float]]
+    )
+    """By further route: what its own step would have reported."""
 
 
 class Trainer:
@@ -43,38 +50,49 @@ class Trainer:
         temperature: float,
         num_ages: int,
         proxy: Proxy | None = None,
+        shadows: ShadowLosses | None = None,
     ) -> None:
         """Train `backend`; ages at or above `num_ages` share the last bin of the per-age sums.
 
         With a `proxy` the loss computes old log-probs between the sampler's and the current ones.
+        `shadows` look on; they change nothing.
         """
         self._backend = backend
         self._section = section
         self._temperature = temperature
         self._num_ages = num_ages
+        self._shadows = shadows
         self._policy_loss = PolicyLoss(section.algo.settings(), proxy=proxy)
 
-    def step(self, batch: BatchItems, *, version: int, seed: int) -> StepOutcome:
-        """Take the optimizer steps from `version` to `version + 1`."""
+    def step(
+        self, batch: BatchItems, *, version: int, seed: int, compare: bool = False
+    ) -> StepOutcome:
+        """Take the optimizer steps from `version` to `version + 1`; `compare`: with the shadows."""
         optimizer = self._section.optimizer
         lr = learning_rate(optimizer, version, self._section.versions)
         started = time.perf_counter()
         scalars = _admitted(batch)
         arrays: dict[str, npt.NDArray[np.floating]] = {}
         norms: list[float] = []
+        shadow: ShadowStep | None = None
         trainable = [item for item in batch.items if item.loss_mask.any()]
         for minibatch in shuffled_minibatches(trainable, optimizer.minibatches, seed):
             micros = self._micro_batches(minibatch)
+            denominators = count(micros, self._section.algo.horizon)
             loss = self._policy_loss.minibatch(
-                count(micros, self._section.algo.horizon),
+                denominators,
                 version_now=version,
                 first=not norms,
                 weight_mean=self._policy_loss.weight_mean(micros),
             )
+            watched: LossFn = loss
+            if compare and self._shadows is not None and not norms:
+                shadow = self._shadows.step(denominators, version_now=version)
+                watched = _Watched(loss, shadow)
             for micro in micros:
                 self._backend.forward_backward(
                     micro,
-                    loss,
+                    watched,
                     temperature=self._temperature,
                     with_entropy=self._policy_loss.needs_entropy,
                 )
@@ -86,7 +104,12 @@ class Trainer:
             "skipped_steps": float(sum(not math.isfinite(norm) for norm in norms)),
             "compute_s": time.perf_counter() - started,
         }
-        return StepOutcome(scalars, arrays, len(norms))
+        if shadow is None:
+            return StepOutcome(scalars, arrays, len(norms))
+        report = shadow.report(num_ages=self._num_ages)
+        return StepOutcome(
+            scalars | report.scalars, arrays | report.arrays, len(norms), report.by_route
+        )
 
     def _micro_batches(self, items: list[Item]) -> list[PackedBatch]:
         packs = balance([i.num_tokens for i in items], self._section.optimizer.micro_batch_tokens)
@@ -116,6 +139,19 @@ class Trainer:
             return
         # Later minibatches see weights that have moved: their figures are kept apart.
         scalars |= {f"last_{name}": value for name, value in reported.items()}
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """The loss, with shadows that look at the same forward."""
+
+    loss: MinibatchLoss
+    shadow: ShadowStep
+
+    def __call__(self, output: ForwardOutput, batch: PackedBatch) -> torch.Tensor:
+        result = self.loss(output, batch)
+        self.shadow.observe(output, batch, self.loss.traces[-1])
+        return result
 
 
 def _admitted(batch: BatchItems) -> dict[str, float]:

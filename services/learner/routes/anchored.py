@@ -49,6 +49,11 @@ class EwmaProx(RouteBase):
         self._measured: AnchorMeasured | None = None
         """Of the step taken last; None: no step since the anchor began."""
         self._scorer: Backend | None = None
+        self._decision: AnchorDecision | None = None
+        """At the step it was moved to last; None: nothing was measured before."""
+        self._target_age = 0.0
+        self._advanced = -1
+        """Version it was moved to last."""
 
     @staticmethod
     def _defaults() -> EwmaSettings:
@@ -59,24 +64,31 @@ class EwmaProx(RouteBase):
         if self._anchor is None:
             self._anchor = start_anchor(self._context.backend.state().items())
 
-    async def at_step(self, members: Sequence[Scored], version: int) -> OldLogprobs:
-        started = time.perf_counter()
-        decision = None
+    async def advance(self, members: Sequence[Scored], version: int) -> None:
+        if self._advanced == version:
+            return
+        self._advanced = version
+        self._target_age = _mean_age(members, version)
+        self._decision = None
         if self._measured is not None:
-            decision = advance(
+            self._decision = advance(
                 self.state,
                 self.settings,
-                target_age=_mean_age(members, version),
+                target_age=self._target_age,
                 measured=self._measured,
             )
-            self.state = decision.state
-        found, forwarded = await asyncio.to_thread(self._forward, members, decision)
+            self.state = self._decision.state
+            await asyncio.to_thread(self._blend, self._decision.keep)
+
+    async def at_step(self, members: Sequence[Scored], version: int) -> OldLogprobs:
+        started = time.perf_counter()
+        await self.advance(members, version)
+        found, forwarded = await asyncio.to_thread(self._forward, members)
         dtype = score_dtype(self._context.backend.dtype)
-        assert self._anchor is not None
         return OldLogprobs(
             {m.ticket_id: as_scores(m.trajectory, found[m.ticket_id], dtype) for m in members},
             RouteCost(time.perf_counter() - started, forwarded, self._held_bytes()),
-            health=self._health(decision, _mean_age(members, version)),
+            health=self._health(),
         )
 
     async def stepped(self, version: int, scalars: Mapping[str, float]) -> None:
@@ -103,14 +115,14 @@ class EwmaProx(RouteBase):
         measured = facts["measured"]
         self._measured = None if measured is None else AnchorMeasured(**measured)
 
-    def _forward(
-        self, members: Sequence[Scored], decision: AnchorDecision | None
-    ) -> tuple[dict[str, Logprobs], int]:
+    def _blend(self, keep: float) -> None:
+        assert self._anchor is not None, "call start() first"
+        blend(self._anchor, self._context.backend.state().items(), keep)
+
+    def _forward(self, members: Sequence[Scored]) -> tuple[dict[str, Logprobs], int]:
         context, scorer, anchor = self._context, self._scorer, self._anchor
         assert scorer is not None, "call start() first"
         assert anchor is not None
-        if decision is not None:
-            blend(anchor, context.backend.state().items(), decision.keep)
         own = scorer.state()
         scorer.load_state({name: value.to(own[name].dtype) for name, value in anchor.items()})
         return forward_members(
@@ -123,14 +135,15 @@ class EwmaProx(RouteBase):
             tensors += self._scorer.state().values()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def _health(self, decision: AnchorDecision | None, target_age: float) -> dict[str, float]:
+    def _health(self) -> dict[str, float]:
         resets = self.state.resets
         return {
             "ewma_age": self.state.age,
-            "ewma_target_age": target_age,
-            "ewma_age_deficit": target_age - self.state.age,
+            "ewma_target_age": self._target_age,
+            "ewma_age_deficit": self._target_age - self.state.age,
             "ewma_age_std": self.state.age_std,
-            "ewma_keep": 1.0 if decision is None else decision.keep,
+            "ewma_keep": 1.0 if self._decision is None else self._decision.keep,
+            "ewma_worse_steps": float(self.state.worse_steps),
             **{f"ewma_resets_{cause}": float(count) for cause, count in resets.items()},
         }
 

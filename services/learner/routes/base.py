@@ -81,6 +81,14 @@ class OldLogprobRoute(Protocol):
 
     async def close(self) -> None: ...
 
+    async def advance(self, members: Sequence[Scored], version: int) -> None:
+        """Move what it carries from step to step to the step from `version`.
+
+        `members` are all that the step trains on. `at_step` begins with it; a shadow that is not
+        asked at a step, or only about some of its members, is moved by it alone. Idempotent.
+        """
+        ...
+
     async def at_step(self, members: Sequence[Scored], version: int) -> OldLogprobs:
         """Compute old log-probs before the first optimizer step leaves `version`."""
         ...
@@ -113,6 +121,9 @@ class RouteBase:
         return
 
     async def close(self) -> None:
+        return
+
+    async def advance(self, members: Sequence[Scored], version: int) -> None:
         return
 
     async def stepped(self, version: int, scalars: Mapping[str, float]) -> None:
