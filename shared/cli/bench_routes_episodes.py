@@ -1,15 +1,15 @@
 """Episodes under a simulated lag: the product's engine and environment, one turn at a time.
 
-Which version samples which turn is decided beforehand; the engine then takes the versions in
-ascending order, and everything it knew of an older one is forgotten at the switch, as in a live
-run. Every version asked for is at most the learner's.
+Which version samples which turn is decided beforehand. When a version is published, every episode
+under way that is due to it goes on, whatever version it will be trained at; what the engine knew of
+the version before is forgotten at the switch, as in a live run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,9 +28,6 @@ from shared.wire.trajectory import SamplingParams, Trajectory, Turn
 MAX_TURNS = 10
 JUMPS = (1 / 3, 2 / 3)
 """Shares of the run after which the lag `jump` goes from 8 to 0 and back."""
-
-Weights = Callable[[int], Mapping[str, torch.Tensor]]
-"""Version -> the sampler's weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +84,25 @@ class Player:
     async def close(self) -> None:
         await self._engine.close()
 
-    async def play(self, plays: Sequence[Play], weights: Weights) -> list[Trajectory]:
-        """Play all to their end."""
-        episodes = [_Episode(play, self._renderer) for play in plays]
-        await asyncio.gather(*(episode.begin() for episode in episodes))
-        for version in sorted({v for play in plays for v in play.versions}):
-            due = [e for e in episodes if e.next_version == version]
-            if due:
-                await self._engine.update(version, weights(version), None)
-                await asyncio.gather(*(self._turns(episode, version) for episode in due))
-        return [episode.trajectory() for episode in episodes]
+    def episode(self, play: Play) -> Episode:
+        """Return an episode that nothing was sampled for yet."""
+        return Episode(play, self._renderer)
 
-    async def _turns(self, episode: _Episode, version: int) -> None:
+    async def advance(
+        self, episodes: Sequence[Episode], version: int, weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Sample every turn that is due to a version, with its weights."""
+        due = [episode for episode in episodes if episode.next_version == version]
+        if due:
+            await self._engine.update(version, weights, None)
+            await asyncio.gather(*(self._turns(episode, version) for episode in due))
+
+    async def _turns(self, episode: Episode, version: int) -> None:
         while episode.next_version == version:
             self._num_played += 1
             spec = SampleSpec(
                 request_id=str(self._num_played),
-                token_ids=episode.prefix(),
+                token_ids=await episode.prefix(),
                 sampling=self._sampling,
                 max_new_tokens=self._sampling.max_new_tokens,
                 seed=episode.turn_seed(),
@@ -112,8 +111,8 @@ class Player:
 
 
 @dataclass(eq=False)
-class _Episode:
-    """One episode under way."""
+class Episode:
+    """One episode; under way once its first turn is due."""
 
     play: Play
     renderer: Renderer
@@ -129,11 +128,11 @@ class _Episode:
         """Of the next turn; -1: there is none."""
         return -1 if self.ended else self.play.versions[len(self.turns)]
 
-    async def begin(self) -> None:
-        observation = await self.env.reset(self.play.task)
-        self.builder.append_context(self.renderer.prompt(observation.text))
-
-    def prefix(self) -> tuple[int, ...]:
+    async def prefix(self) -> tuple[int, ...]:
+        """Return the tokens so far; the environment is asked for the first ones."""
+        if not self.turns:
+            observation = await self.env.reset(self.play.task)
+            self.builder.append_context(self.renderer.prompt(observation.text))
         return tuple(self.builder.ids_from(0))
 
     def turn_seed(self) -> int:

@@ -29,7 +29,14 @@ from shared.algo.policy_loss import PolicyLoss
 from shared.backends.adamw import AdamWSettings
 from shared.cli.bench_routes_book import Book
 from shared.cli.bench_routes_cells import Cell, Size
-from shared.cli.bench_routes_episodes import Play, Player, oldest_age, turn_versions
+from shared.cli.bench_routes_episodes import (
+    MAX_TURNS,
+    Episode,
+    Play,
+    Player,
+    oldest_age,
+    turn_versions,
+)
 from shared.cli.bench_routes_errors import added, arrival, differences
 from shared.cli.bench_routes_exact import ExactScorer, Ring
 from shared.cli.bench_routes_sides import PACK_TOKENS, Published, learner_section, make_route
@@ -51,7 +58,6 @@ class Run:
         self._backend = open_backend(self._base, AdamWSettings(betas=self._section.optimizer.betas))
         self._num_ages = oldest_age(cell.lag) + 1
         self._ring = Ring(self._num_ages)
-        self._sampled_from = Ring(self._num_ages)
         self._player = Player(self._base, TextRenderer(str(self._base), {}))
         self._scorer = ExactScorer(open_backend(self._base), self._ring, pack_tokens=PACK_TOKENS)
         self._published = Published(self._backend, self._backend.vocab_size)
@@ -70,7 +76,9 @@ class Run:
             num_ages=self._num_ages,
             proxy=self._route.proxy,
         )
-        self._rng = random.Random(cell.seed)
+        rng = random.Random(cell.seed)
+        self._episodes = [self._planned(v, rng) for v in range(self._section.versions)]
+        """By the version that they are trained at."""
         self._book = Book()
 
     @property
@@ -82,8 +90,8 @@ class Run:
         wall, cpu = time.perf_counter(), time.process_time()
         failure = ""
         await self._published.start()
-        await self._publish(0)
         await self._player.start()
+        await self._publish(0)
         for route in self._routes.values():
             await route.start()
         try:
@@ -110,9 +118,7 @@ class Run:
 
     # --- one version
     async def _step(self, version: int) -> None:
-        started = time.process_time()
-        groups = await self._play(version)
-        self._book.cost("sampling", cpu_s=time.process_time() - started)
+        groups = self._played(version)
         rewards = [m.trajectory.reward for group in groups for m in group.members]
         self._book.trained.append(sum(rewards) / len(rewards))
         mixed = [g for g in groups if len({m.trajectory.reward for m in g.members}) > 1]
@@ -122,7 +128,7 @@ class Run:
         if not groups:
             await self._publish(version + 1)
             return
-        measured = (bool(self._cell.shadows) or not self._route.exact) and (
+        measured = (bool(self._cell.shadows) or self._cell.measured) and (
             version % self._size.measure_every == 0
         )
         if measured or any(self._routes[n].waits_for_scores for n in self._asked):
@@ -151,26 +157,35 @@ class Run:
     def _asked(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((self._cell.route, *self._cell.shadows)))
 
-    async def _play(self, version: int) -> list[CompleteGroup]:
-        size = self._size
+    def _planned(self, version: int, rng: random.Random) -> list[Episode]:
+        size, last = self._size, self._section.versions
         plays: list[Play] = []
         for number in range(version * size.groups, (version + 1) * size.groups):
             task = TaskRef(dataset="frozen_lake", split="train", index=number, seed=self._cell.seed)
             for member in range(size.group_size):
                 seed = derive_seed(self._cell.seed, "train", number * size.group_size + member)
-                plays.append(Play(task, seed, self._turn_versions(version)))
-        played = await self._player.play(plays, self._sampled_from.__getitem__)
+                plays.append(Play(task, seed, turn_versions(self._cell.lag, version, last, rng)))
+        return [self._player.episode(play) for play in plays]
+
+    async def _sample(self, version: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Go on with whatever is due to a version that was just published."""
+        started = time.process_time()
+        flying = self._episodes[version : version + self._num_ages]
+        if flying:
+            await self._player.advance([e for es in flying for e in es], version, weights)
+            self._book.cost("sampling", cpu_s=time.process_time() - started)
+
+    def _played(self, version: int) -> list[CompleteGroup]:
+        size = self._size
         members = [
-            Scored(f"t{version}-{index}", 1, "", 0, trajectory, ())
-            for index, trajectory in enumerate(played)
+            Scored(f"t{version}-{index}", 1, "", 0, episode.trajectory(), ())
+            for index, episode in enumerate(self._episodes[version])
         ]
+        self._episodes[version] = []
         return [
             CompleteGroup(f"g{start}", version, tuple(members[start : start + size.group_size]), ())
             for start in range(0, len(members), size.group_size)
         ]
-
-    def _turn_versions(self, version: int) -> tuple[int, ...]:
-        return turn_versions(self._cell.lag, version, self._section.versions, self._rng)
 
     def _scored(self, groups: Sequence[CompleteGroup]) -> list[CompleteGroup]:
         before = self._scorer.cpu_s, self._scorer.forward_tokens, self._scorer.loads
@@ -244,9 +259,9 @@ class Run:
     async def _publish(self, version: int) -> None:
         state = self._backend.state()
         self._ring.put(version, state)
-        self._sampled_from.put(version, sampler_state(state, self._cell.sampler))
         if "snapshot_old" in self._routes:
             await self._published.publish(version)
+        await self._sample(version, sampler_state(state, self._cell.sampler))
 
     @property
     def _points(self) -> list[int]:
@@ -257,16 +272,18 @@ class Run:
     async def _evaluate(self, version: int) -> None:
         last = version == self._section.versions
         count = self._size.final_episodes if last else self._size.eval_episodes
-        plays = [
-            Play(
-                TaskRef(dataset="frozen_lake", split="eval", index=i, seed=self._cell.seed),
-                derive_seed(self._cell.seed, "eval", i),
-                (version,) * 10,
+        episodes = [
+            self._player.episode(
+                Play(
+                    TaskRef(dataset="frozen_lake", split="eval", index=i, seed=self._cell.seed),
+                    derive_seed(self._cell.seed, "eval", i),
+                    (version,) * MAX_TURNS,
+                )
             )
             for i in range(count)
         ]
         state = self._backend.state()
         if not all(bool(torch.isfinite(value).all()) for value in state.values()):
             raise FloatingPointError(f"weights of version {version} are not finite")
-        played = await self._player.play(plays, lambda _: state)
-        self._book.evals.append((version, sum(t.reward for t in played) / count))
+        await self._player.advance(episodes, version, state)
+        self._book.evals.append((version, sum(e.reward for e in episodes) / count))

@@ -88,7 +88,7 @@ def test_asking_other_routes_does_not_change_the_run(bases: Path) -> None:
 
 @pytest.mark.parametrize("route", COST_ROUTES)
 def test_every_route_trains_a_run_to_its_end(bases: Path, route: str) -> None:
-    cell = Cell("test", route, "mixed8", "int4", 1, LR)
+    cell = Cell("test", route, "mixed8", "int4", 1, LR, measured=True)
     result = asyncio.run(Run(cell, replace(QUICK, versions=3), bases).run())
     assert result["failure"] == ""
     assert [version for version, _ in result["curve"]] == [3]
@@ -215,7 +215,7 @@ def test_the_family_has_thirty_six_contrasts_and_finds_what_was_put_in() -> None
         sampler: plan.Chosen(GRID[0], dict.fromkeys(METHODS, GRID[1])) for sampler in plan.SAMPLERS
     }
     cells = plan.confirm_cells(chosen, 40, range(10_000, 10_030))
-    assert len(cells) == 30 * 2 * (1 + 2 * 7 + 1)
+    assert len(cells) == 2 * (30 * (1 + 7 + 1) + plan.NUM_SHARED * 7)
     rng = random.Random(0)
     found = {}
     for cell in cells:
