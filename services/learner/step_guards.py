@@ -28,6 +28,9 @@ GUARDS: Mapping[str, str] = {
     "act; use learner.optimizer.minibatches: 2 or an exact old_logprobs.route",
     "sampler_mismatch": "the sampler's log-probs are not those of what it sampled, or belong to "
     "another temperature or model: compare its temperature and log-prob mode with sampling.*",
+    "truncated_sampling": "tokens drawn with top_p or top_k and no recorded keep-set: the sampler's "
+    "log-probs are of a renormalised distribution that the training side does not know; have the "
+    "engine sample with top_p 1 and top_k 0",
     "mixed_kv": "tokens sampled over a KV cache of older weights under an exact route: they have "
     "no exact old log-prob; have the engine prefill again after a switch of weights",
     "fallback": "tokens whose version is gone are trained on current_recompute's numbers: keep "
@@ -63,6 +66,8 @@ class StepFacts:
     outcome: StepOutcome
     mixed_kv_tokens: int = 0
     """Among the sampled tokens of the batch."""
+    truncated_sampling_tokens: int = 0
+    """Likewise: drawn from a truncated distribution."""
     fallback_tokens: int = 0
 
 
@@ -111,6 +116,7 @@ class StepGuards:
             "dead_mask": self._dead_mask(scalars),
             "dead_clip": unmoved and self._stays(scalars),
             "sampler_mismatch": _mismatch(scalars, "sampler" if exact else "fresh"),
+            "truncated_sampling": facts.truncated_sampling_tokens > 0,
             "mixed_kv": facts.mixed_kv_tokens > 0 if exact else None,
             "fallback": facts.fallback_tokens > 0 if exact else None,
             "noise_floor": self._noise(scalars),
