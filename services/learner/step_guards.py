@@ -2,7 +2,7 @@
 
 Every guard has a bounded name, a verdict per step (None: this step cannot tell) and a state: raised
 at the first bad verdict, lowered after `CLEAN_STEPS` good ones. Conditions, reasons and alerts are
-the table of `docs/algorithms.md`.
+the table of `docs/diagnostics.md`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CLEAN_STEPS = 5
 
 SAME_LOG = {"float64": 1e-10, "float32": 5e-5}
 """By dtype of the training forward: log-ratios closer to 0 than two layouts of the same weights
-agree (docs/algorithms.md). bfloat16 has no such number: there age 0 is the measure."""
+agree (docs/diagnostics.md). bfloat16 has no such number: there age 0 is the measure."""
 
 MIN_TOKENS = 256
 """Fewer say nothing about the sampler."""

@@ -148,6 +148,12 @@ class TimedBackend(TorchBackend):
         return norm
 
 
+def config_of(name: str, *, lr: float) -> LearnerConfig:
+    """Return a case's configuration."""
+    optimizer = {**CASES[name].get("optimizer", {}), "lr": lr}
+    return LearnerConfig.model_validate({"learner": {**CASES[name], "optimizer": optimizer}})
+
+
 def write_model(size: Size, path: Path) -> None:
     """Write a random Qwen3 of that size."""
     from transformers import Qwen3Config, Qwen3ForCausalLM  # seconds
@@ -204,7 +210,7 @@ def make_batch(size: Size, backend: TorchBackend) -> BatchItems:
 
 def measure(name: str, size: Size, model: Path, repetitions: int) -> dict[str, Any]:
     """Return one case's row."""
-    config = LearnerConfig.model_validate({"learner": CASES[name]})
+    config = config_of(name, lr=1e-12)  # repetitions start from the same version
     backend = TimedBackend()
     backend.load_hf(model)
     items = make_batch(size, backend)
