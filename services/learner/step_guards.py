@@ -28,7 +28,7 @@ GUARDS: Mapping[str, str] = {
     "act; use learner.optimizer.minibatches: 2 or an exact old_logprobs.route",
     "sampler_mismatch": "the sampler's log-probs are not those of what it sampled, or belong to "
     "another temperature or model: compare its temperature and log-prob mode with sampling.*",
-    "truncated_sampling": "tokens drawn with top_p or top_k and no recorded keep-set: the sampler's "
+    "truncated_sampling": "tokens drawn with top_p or top_k and no recorded keep-set: their "
     "log-probs are of a renormalised distribution that the training side does not know; have the "
     "engine sample with top_p 1 and top_k 0",
     "mixed_kv": "tokens sampled over a KV cache of older weights under an exact route: they have "

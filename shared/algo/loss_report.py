@@ -15,7 +15,6 @@ from shared.algo import diagnostics
 from shared.algo.route_health import noise_floor
 from shared.algo.sampler_agreement import sampler_agreement
 
-
 BY_MINIBATCH = ("s_mean", "s_abs_log_mean", "s_k3", "clip_high", "clip_low", "contributing")
 """What each minibatch of a step says of its own: S has moved since the first."""
 

@@ -6,7 +6,6 @@ D̃ = exp(ℓ̃ - ℓ^inf), S̃ = exp(ℓ - ℓ̃) (`offpolicy.md` 5 and 8). Eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np

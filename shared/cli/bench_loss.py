@@ -128,10 +128,9 @@ class TimedBackend(TorchBackend):
             loss_fn(leaf, here).backward()
             self.model.add(since, -1)
             total = (output.logprobs_T * logprobs_T.grad).sum()
-            if output.entropy_T is not None and entropy_T is not None:
-                if entropy_T.grad is not None:
-                    total = total + (output.entropy_T * entropy_T.grad).sum()
-            return total
+            if output.entropy_T is None or entropy_T is None or entropy_T.grad is None:
+                return total
+            return total + (output.entropy_T * entropy_T.grad).sum()
 
         since = now()
         loss = super().forward_backward(
@@ -225,11 +224,7 @@ def measure(name: str, size: Size, model: Path, repetitions: int) -> dict[str, A
         outcome = trainer.step(items, version=VERSION, seed=0)
         telemetry.judge(VERSION, outcome, [], 0)
         telemetry.show(outcome)
-        encode(
-            step_report(
-                batch, [], outcome, None, (0.0, 0.0), dispatched_lengths=[], further={}
-            )
-        )
+        encode(step_report(batch, [], outcome, None, (0.0, 0.0), dispatched_lengths=[], further={}))
         whole.add(since)
         rows.append(
             {

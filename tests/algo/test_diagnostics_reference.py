@@ -125,14 +125,14 @@ def test_staleness_is_its_formulas(tokens: list[Token]):
         "version_span_mean": mean(spans),
         "mixed_version_ratio": mean([len(set(own)) > 1 for own in stamps]),
     }
-    found = diagnostics.staleness(
-        column(tokens, "version"), column(tokens, "seq"), version_now=NOW
-    )
+    found = diagnostics.staleness(column(tokens, "version"), column(tokens, "seq"), version_now=NOW)
     assert found == pytest.approx(want)
 
 
 @given(TOKENS, st.lists(st.sampled_from(["", "token_low", "seq", "both"]), min_size=12))
-def test_fractions_by_cause_have_the_denominators_they_say(tokens: list[Token], verdicts: list[str]):
+def test_fractions_by_cause_have_the_denominators_they_say(
+    tokens: list[Token], verdicts: list[str]
+):
     verdicts = verdicts[: len(tokens)]
     rejected = {
         cause: torch.tensor([v in (cause, "both") for v in verdicts])

@@ -28,9 +28,7 @@ def forward(version: int, ids: torch.Tensor) -> torch.Tensor:
     return (E[version][ids].cumsum(0) / counts) @ U[version]
 
 
-def by_hand(
-    ids: list[int], t: int, embed: list[int], head: int, temperature: float = 1.0
-) -> float:
+def by_hand(ids: list[int], t: int, embed: list[int], head: int, temperature: float = 1.0) -> float:
     """Token t, its prefix embedded by the versions in `embed`, the head of `head`."""
     hidden = [sum(float(E[embed[s], ids[s], h]) for s in range(t)) / t for h in range(HIDDEN)]
     logits = [

@@ -166,9 +166,7 @@ def member(*, top_p: float = 1.0, top_k: int = 0) -> Scored:
     return Scored("t0", 1, "", 0, played, ())
 
 
-@pytest.mark.parametrize(
-    ("drawn", "tokens"), [({}, 0), ({"top_p": 0.9}, 3), ({"top_k": 50}, 3)]
-)
+@pytest.mark.parametrize(("drawn", "tokens"), [({}, 0), ({"top_p": 0.9}, 3), ({"top_k": 50}, 3)])
 def test_tokens_of_truncated_turns_are_counted(drawn: dict[str, Any], tokens: int):
     bus = MemoryBus(Subjects("guards"), MemoryServer())
     context = Context("learner", "learner-0", "i", bus, Log("learner"))
