@@ -127,6 +127,7 @@ class TimedBackend(TorchBackend):
             leaf = replace(output, logprobs_T=logprobs_T, entropy_T=entropy_T)
             loss_fn(leaf, here).backward()
             self.model.add(since, -1)
+            assert logprobs_T.grad is not None, "a batch without loss tokens"
             total = (output.logprobs_T * logprobs_T.grad).sum()
             if output.entropy_T is None or entropy_T is None or entropy_T.grad is None:
                 return total
