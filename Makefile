@@ -14,7 +14,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 S3 := $(VENV)/.installed-s3
 
-.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-routes test-s3 chaos base clean
+.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ bench-demo: $(DEMO) ## the demo over SEEDS=10 seeds: table and runs/bench/demo.j
 
 bench-weights: $(DEMO) ## weights over the bus: table and runs/bench/weights.json (7 minutes)
 	$(BIN)/python -m shared.cli.bench_weights
+
+bench-loss: $(DEMO) ## loss and diagnostics within a training step: table and runs/bench/loss.json (4 minutes)
+	$(RUN) $(BIN)/python -m shared.cli.bench_loss
 
 bench-routes: $(DEMO) ## every old-logit route against the exact answer: hours, resumable
 	$(RUN) $(BIN)/python -m shared.cli.bench_routes $(ROUTES_ARGS)

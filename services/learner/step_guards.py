@@ -2,7 +2,7 @@
 
 Every guard has a bounded name, a verdict per step (None: this step cannot tell) and a state: raised
 at the first bad verdict, lowered after `CLEAN_STEPS` good ones. Conditions, reasons and alerts are
-the table of `docs/algorithms.md`.
+the table of `docs/diagnostics.md`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ GUARDS: Mapping[str, str] = {
     "act; use learner.optimizer.minibatches: 2 or an exact old_logprobs.route",
     "sampler_mismatch": "the sampler's log-probs are not those of what it sampled, or belong to "
     "another temperature or model: compare its temperature and log-prob mode with sampling.*",
+    "truncated_sampling": "tokens drawn with top_p or top_k and no recorded keep-set: their "
+    "log-probs are of a renormalised distribution that the training side does not know; have the "
+    "engine sample with top_p 1 and top_k 0",
     "mixed_kv": "tokens sampled over a KV cache of older weights under an exact route: they have "
     "no exact old log-prob; have the engine prefill again after a switch of weights",
     "fallback": "tokens whose version is gone are trained on current_recompute's numbers: keep "
@@ -42,7 +45,7 @@ CLEAN_STEPS = 5
 
 SAME_LOG = {"float64": 1e-10, "float32": 5e-5}
 """By dtype of the training forward: log-ratios closer to 0 than two layouts of the same weights
-agree (docs/algorithms.md). bfloat16 has no such number: there age 0 is the measure."""
+agree (docs/diagnostics.md). bfloat16 has no such number: there age 0 is the measure."""
 
 MIN_TOKENS = 256
 """Fewer say nothing about the sampler."""
@@ -63,6 +66,8 @@ class StepFacts:
     outcome: StepOutcome
     mixed_kv_tokens: int = 0
     """Among the sampled tokens of the batch."""
+    truncated_sampling_tokens: int = 0
+    """Likewise: drawn from a truncated distribution."""
     fallback_tokens: int = 0
 
 
@@ -111,6 +116,7 @@ class StepGuards:
             "dead_mask": self._dead_mask(scalars),
             "dead_clip": unmoved and self._stays(scalars),
             "sampler_mismatch": _mismatch(scalars, "sampler" if exact else "fresh"),
+            "truncated_sampling": facts.truncated_sampling_tokens > 0,
             "mixed_kv": facts.mixed_kv_tokens > 0 if exact else None,
             "fallback": facts.fallback_tokens > 0 if exact else None,
             "noise_floor": self._noise(scalars),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,9 @@ from services.learner.guards import objections
 from services.learner.staging import Scored
 from services.learner.step_guards import GUARDS, GuardChange, StepFacts, StepGuards
 from services.learner.trainer import StepOutcome
+from shared.algo.loss_report import BY_MINIBATCH
 from shared.runtime.context import Context
+from shared.wire.trajectory import Sequence as TokenSequence
 
 PAIRS = {"d": "discrepancy", "s": "staleness", "rho": "total"}
 """Prefix of the scalars -> value of the label `pair`."""
@@ -32,7 +35,11 @@ SCALARS = (
     "zero_advantage", "truncated_frac", "eff_sample_ratio", "weight_mean", "weight_max",
     "noise_floor", "d_k3_age_slope", "staleness_mean", "staleness_max", "versions_per_trajectory",
     "version_span_max", "version_span_mean", "mixed_version_ratio", "old_logits_exact_ratio",
-    "sampler_mean_d", "sampler_temperature_off", "skipped_steps",
+    "sampler_mean_d", "sampler_temperature_off", "skipped_steps", "num_segments",
+    "old_logprobs_s", "old_logprobs_forward_tokens", "old_logprobs_held_bytes",
+    "snapshot_loads", "snapshot_misses", "snapshot_hit_ratio", "snapshot_resident_bytes",
+    "ewma_age", "ewma_target_age", "ewma_age_deficit", "ewma_age_std", "ewma_keep",
+    "ewma_worse_steps",
 )  # fmt: skip
 """Exported as `lagwise_learner_step_<name>`."""
 
@@ -58,18 +65,17 @@ class StepTelemetry:
         self, version: int, outcome: StepOutcome, members: Iterable[Scored], fallback_tokens: int
     ) -> None:
         """Run the guards on the step from `version` and add their state to its scalars."""
-        mixed_kv = sum(
-            span.stop - span.start
-            for member in members
-            for sequence in member.trajectory.sequences
-            for span in sequence.mixed_kv
-        )
+        sequences = [s for member in members for s in member.trajectory.sequences]
+        mixed_kv = sum(span.stop - span.start for s in sequences for span in s.mixed_kv)
+        truncated = _truncated_tokens(sequences)
         before = dict(self._guards.bad_steps)
-        for change in self._guards.observe(StepFacts(version, outcome, mixed_kv, fallback_tokens)):
+        facts = StepFacts(version, outcome, mixed_kv, truncated, fallback_tokens)
+        for change in self._guards.observe(facts):
             self._log(change, version + 1, outcome.scalars)
         for name, total in self._guards.bad_steps.items():
             self._context.count(f"guard_{name}_steps", total - before[name])
         outcome.scalars["mixed_kv_tokens"] = float(mixed_kv)
+        outcome.scalars["truncated_sampling_tokens"] = float(truncated)
         outcome.scalars.update({f"guard_{n}": float(up) for n, up in self._guards.raised.items()})
         self._show_guards()
 
@@ -91,6 +97,18 @@ class StepTelemetry:
             if name.startswith("rej_")
         }
         labelled["cut_ratio", "cause"] = {name: scalars[name] for name in CUTS if name in scalars}
+        labelled["ewma_resets", "cause"] = {
+            name.removeprefix("ewma_resets_"): value
+            for name, value in scalars.items()
+            if name.startswith("ewma_resets_")
+        }
+        for name in BY_MINIBATCH:
+            values = outcome.arrays.get(f"minibatch_{name}", ())
+            labelled[f"minibatch_{name}", "minibatch"] = {
+                str(number): float(value)
+                for number, value in enumerate(values)
+                if math.isfinite(value)
+            }
         ages = outcome.arrays.get("age_shadow_tokens")
         if ages is not None:
             labelled["tokens", "age"] = _by_age(ages, np.ones_like(ages))
@@ -114,6 +132,16 @@ class StepTelemetry:
             reason=GUARDS[change.name],
             **{name: scalars[name] for name in shown if name in scalars},
         )
+
+
+def _truncated_tokens(sequences: Sequence[TokenSequence]) -> int:
+    """Count sampled tokens whose turn was drawn with top_p or top_k."""
+    return sum(
+        int(sequence.loss_mask.numpy()[turn.start : turn.stop].sum())
+        for sequence in sequences
+        for turn in sequence.turns
+        if turn.sampling is not None and (turn.sampling.top_p < 1 or turn.sampling.top_k)
+    )
 
 
 def _by_age(

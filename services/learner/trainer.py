@@ -19,6 +19,7 @@ from services.learner.config import LearnerSection
 from services.learner.items import BatchItems, Item, pack_items, shuffled_minibatches
 from services.learner.schedule import learning_rate
 from shared.algo.batching import PackedBatch, balance
+from shared.algo.loss_report import by_minibatch
 from shared.algo.policy_loss import MinibatchLoss, PolicyLoss, count
 from shared.algo.proximal import Proxy
 from shared.algo.shadow import ShadowLosses, ShadowStep
@@ -124,6 +125,7 @@ class Trainer:
         first: bool,
     ) -> None:
         reported, sums = loss.report(scatter_size=96, num_ages=self._num_ages)
+        arrays |= by_minibatch(arrays, reported)
         if first:
             scalars |= reported
             # On the first minibatch nothing has left θ_v yet, so that exp(ℓ - ℓ^inf) is what D

@@ -18,7 +18,7 @@ class Advantage(Protocol):
     """Rewards of the members that have one -> their advantages."""
 
     def __call__(self, rewards_G: torch.Tensor) -> torch.Tensor:
-        """Return [G] advantages; G >= 2."""
+        """Return [G] advantages; 0 for a group of one, which has nothing to compare with."""
         ...
 
 
@@ -30,15 +30,17 @@ def dr_grpo(rewards_G: torch.Tensor) -> torch.Tensor:
 def grpo(rewards_G: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
     """Return (r - mean)/(std + eps), std with G-1 (GRPO, arXiv 2402.03300; verl's ddof and eps).
 
-    TRL: eps 1e-4.
+    TRL: eps 1e-4. A group of one gets 0 (verl: its raw score).
     """
+    if rewards_G.shape[0] < 2:
+        return torch.zeros_like(rewards_G)
     return (rewards_G - rewards_G.mean()) / (rewards_G.std(correction=1) + eps)
 
 
 def rloo(rewards_G: torch.Tensor) -> torch.Tensor:
     """Return r_i - mean of the others = G/(G-1)·(r - mean) (RLOO, arXiv 2402.14740)."""
     size = rewards_G.shape[0]
-    return (rewards_G - rewards_G.mean()) * (size / (size - 1))
+    return (rewards_G - rewards_G.mean()) * (size / max(1, size - 1))
 
 
 ADVANTAGES: Mapping[str, Advantage] = {"dr_grpo": dr_grpo, "grpo": grpo, "rloo": rloo}

@@ -14,8 +14,9 @@ from shared.algo.loss_terms import Terms
 from shared.algo.ratios import log_ratio, ratio
 from shared.algo.staleness_objectives import score_function
 
-EPSILON = 1e-8
-"""Added to 1 - p and 1 - q inside the binary KL's logarithm, as verl and SkyRL do."""
+SMALLEST_REST = 1e-8
+"""1 - p and 1 - q are at least this inside the binary KL's logarithm. verl and SkyRL add it
+instead, which moves the value where the formula needs no help."""
 
 
 def binary_tv(l_T: torch.Tensor, l_p_T: torch.Tensor) -> torch.Tensor:
@@ -26,8 +27,8 @@ def binary_tv(l_T: torch.Tensor, l_p_T: torch.Tensor) -> torch.Tensor:
 def binary_kl(l_T: torch.Tensor, l_p_T: torch.Tensor) -> torch.Tensor:
     """Return KL(p‖q) = p·log(p/q) + (1-p)·log((1-p)/(1-q)) of the two Bernoulli policies."""
     p_T, q_T = torch.exp(l_p_T).clamp(max=1.0), torch.exp(l_T).clamp(max=1.0)
-    rest_T = torch.log((1.0 - p_T + EPSILON) / (1.0 - q_T + EPSILON))
-    return p_T * (l_p_T - l_T) + (1.0 - p_T) * rest_T
+    not_p_T, not_q_T = ((1.0 - x_T).clamp(min=SMALLEST_REST) for x_T in (p_T, q_T))
+    return p_T * (l_p_T - l_T) + (1.0 - p_T) * torch.log(not_p_T / not_q_T)
 
 
 def _tv_causes(

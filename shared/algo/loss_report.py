@@ -5,7 +5,7 @@ Shapes: N loss tokens of the step, before rejection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ import torch
 from shared.algo import diagnostics
 from shared.algo.route_health import noise_floor
 from shared.algo.sampler_agreement import sampler_agreement
+
+BY_MINIBATCH = ("s_mean", "s_abs_log_mean", "s_k3", "clip_high", "clip_low", "contributing")
+"""What each minibatch of a step says of its own: S has moved since the first."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,22 @@ def report(
             ages_N, log_s_N.abs(), 0.99, num_ages=num_ages
         )
     return scalars, arrays
+
+
+def by_minibatch(
+    before: Mapping[str, np.ndarray], scalars: Mapping[str, float]
+) -> dict[str, np.ndarray]:
+    """Return `minibatch_<name>` of `BY_MINIBATCH`, f64[minibatches], one longer than before.
+
+    NaN where a minibatch does not report the name.
+    """
+    none = np.zeros(0)
+    return {
+        f"minibatch_{name}": np.append(
+            before.get(f"minibatch_{name}", none), scalars.get(name, np.nan)
+        )
+        for name in BY_MINIBATCH
+    }
 
 
 def _on_arrival(

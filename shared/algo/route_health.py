@@ -6,7 +6,6 @@ D̃ = exp(ℓ̃ - ℓ^inf), S̃ = exp(ℓ - ℓ̃) (`offpolicy.md` 5 and 8). Eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,14 +95,18 @@ def ewma_health(decision: AnchorDecision) -> dict[str, float]:
     }
 
 
-def snapshot_health(counts: Mapping[str, int], *, resident_bytes: int) -> dict[str, float]:
-    """Return `snapshot_hit_ratio` and its counts from `hits`, `misses` and `loads`."""
-    hits, misses = counts.get("hits", 0), counts.get("misses", 0)
+def snapshot_health(hits: int, misses: int, *, resident_bytes: int) -> dict[str, float]:
+    """Return how a step found its versions.
+
+    Args:
+        hits: versions of the batch that were there; each was loaded into the scorer once.
+        misses: versions that were gone for good.
+        resident_bytes: of the history, without the scorer.
+    """
     asked = hits + misses
     return {
-        "snapshot_hits": float(hits),
+        "snapshot_loads": float(hits),
         "snapshot_misses": float(misses),
-        "snapshot_loads": float(counts.get("loads", 0)),
         "snapshot_hit_ratio": hits / asked if asked else 1.0,
         "snapshot_resident_bytes": float(resident_bytes),
     }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
 from shared.algo.correction_list import DEFAULT_CORRECTIONS
-from shared.algo.correction_specs import CorrectionSpec
+from shared.algo.correction_specs import SPECS, CorrectionSpec
 from shared.algo.kl_spec import KlSpec
 from shared.algo.objective import Objective
-from shared.algo.objective_specs import ObjectiveSpec, Ppo
+from shared.algo.objective_specs import OBJECTIVE_SPECS, ObjectiveSpec, Ppo
 from shared.algo.presets import PRESETS
 from shared.runtime.sections import Section
 
@@ -44,6 +46,8 @@ class AlgoSection(Section):
         if not isinstance(given, dict):
             return given
         keys = cast("dict[str, Any]", given)
+        _check_entries("corrections", keys.get("corrections"), SPECS)
+        _check_entries("objective", [keys.get("objective")], OBJECTIVE_SPECS)
         name = keys.get("preset")
         if not name:
             return keys
@@ -71,3 +75,29 @@ class AlgoSection(Section):
             aggregation=self.aggregation,
             horizon=self.horizon,
         )
+
+
+def _check_entries(section: str, entries: object, specs: Mapping[str, type[Any]]) -> None:
+    """Refuse an entry without a kind, or with a parameter that its kind does not have.
+
+    Raises:
+        ValueError: naming what there is instead. An unknown kind is left to the validation.
+    """
+    if not isinstance(entries, list | tuple):
+        return
+    for entry in cast("Sequence[object]", entries):
+        if isinstance(entry, str) and entry in specs:
+            raise ValueError(f"{section}: {entry}: write it as {{kind: {entry}}}")
+        if not isinstance(entry, Mapping):
+            continue
+        values = cast("Mapping[str, Any]", entry)
+        if "kind" not in values:
+            raise ValueError(f"{section}: an entry has no kind; it is one of {', '.join(specs)}")
+        if (cls := specs.get(str(values["kind"]))) is None:
+            continue
+        known = [f.name for f in fields(cls) if f.name != "kind"]
+        if unknown := sorted(values.keys() - {"kind", *known}):
+            raise ValueError(
+                f"{section}: {values['kind']}: {', '.join(unknown)} is not a known key; it takes "
+                f"{', '.join(known) or 'no parameters'}"
+            )

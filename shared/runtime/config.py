@@ -87,6 +87,10 @@ def describe(error: ValidationError) -> str:
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             problems.append(f"`{where}` is not a known key")
+        elif problem["type"] == "union_tag_invalid":
+            context = problem.get("ctx", {})
+            names = str(context.get("expected_tags")).replace("'", "")
+            problems.append(f"`{where}`: kind {context.get('tag')!r} is none of {names}")
         else:
             message = str(problem["msg"]).removeprefix("Value error, ")
             shown = problem["input"]

@@ -28,6 +28,11 @@ def test_the_estimators_by_hand():
     assert grpo(REWARDS, eps=0.0).tolist() == pytest.approx((dr_grpo(REWARDS) / std).tolist())
 
 
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_a_group_of_one_has_nothing_to_compare_with(name: str):
+    assert ADVANTAGES[name](REWARDS[:1]).tolist() == [0.0]
+
+
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=9), st.sampled_from(sorted(ADVANTAGES)))
 def test_advantages_sum_to_zero_and_ignore_a_constant(values: list[float], name: str):
     rewards = torch.tensor(values, dtype=torch.float64)

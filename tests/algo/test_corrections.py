@@ -11,6 +11,7 @@ from shared.algo.corrections import (
     icepop,
     kl_mask,
     kpop_mask,
+    outside,
     prob_diff_mask,
     self_normalise,
     seq_mask,
@@ -44,6 +45,12 @@ def test_bounds_are_inclusive():
     low, high = float(log_d.exp()[0]), 1.0
     assert icepop(log_d, low=low, high=high).tolist() == [low, 1.0]
     assert token_mask(log_d, low=low, high=high).all()
+
+
+def test_a_token_on_a_bound_has_no_cause():
+    one = torch.zeros(1, dtype=torch.float64)
+    for causes in (outside(one, layout(1), 1.0, 5.0), outside(one, layout(1), 0.5, 1.0)):
+        assert not any(where.any() for where in causes.values())
 
 
 def test_the_mask_bounds_the_ratio_itself_not_its_inverse():
@@ -124,6 +131,10 @@ def test_probability_differences_by_hand():
     # 0.9 log 1.5 + 0.1 log 0.25 = 0.2263; 0.0201 and 0.0204; 0.0040 and 0.0031; 0.0014
     assert kpop.tolist() == [False, False, True, True]
     assert kpop_mask(old.log(), inf.log(), high=0.0205).tolist() == [False, True, True, True]
+    # the larger of the two directions decides, and the difference has a sign
+    assert kpop_mask(old.log(), inf.log(), high=0.02025).tolist()[1] is False
+    assert prob_diff_mask(old.log(), inf.log(), low=-0.2, high=0.05).tolist()[1] is False
+    assert prob_diff_mask(inf.log(), old.log(), low=-0.2, high=0.05).tolist()[1] is True
     certain = torch.zeros(1, dtype=torch.float64)
     assert kpop_mask(certain, certain, high=1e-9).all()
 

@@ -161,6 +161,12 @@ def test_the_slope_of_a_line_over_age_is_found_whatever_the_counts(
         assert found["slope"] == pytest.approx(slope, abs=1e-9)
 
 
+def test_the_slope_is_that_of_the_tokens_not_of_the_ages():
+    # means 0, 0, 3 of 1, 1, 2 tokens: centre 1.25, Σw(a - c)² = 2.75, Σw(a - c)·mean = 4.5
+    found = diagnostics.age_slope(np.array([1.0, 1.0, 2.0]), np.array([0.0, 0.0, 6.0]))
+    assert found["slope"] == pytest.approx(4.5 / 2.75)
+
+
 def test_no_tokens_have_no_summary():
     none = torch.zeros(0)
     assert diagnostics.pair_summary(none) == {}

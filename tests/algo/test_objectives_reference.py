@@ -56,7 +56,7 @@ def sigmoid(x: float) -> float:
 
 
 def bernoulli_kl(p: float, q: float) -> float:
-    return p * math.log(p / q) + (1 - p) * math.log((1 - p + 1e-8) / (1 - q + 1e-8))
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
 def m2po_keeps(squares: dict[int, float], threshold: float) -> set[int]:

@@ -1,5 +1,5 @@
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -7,10 +7,11 @@ import torch
 
 from shared.algo.batching import PackedBatch, pack
 from shared.algo.correction_specs import IcePop, Veto
+from shared.algo.kl_spec import KlSpec
 from shared.algo.losses import Denominators
 from shared.algo.objective import Objective
 from shared.algo.objective_specs import Ppo
-from shared.algo.policy_loss import PER_TOKEN, PolicyLoss, count
+from shared.algo.policy_loss import PER_TOKEN, REFERENCE, PolicyLoss, count
 
 NOW = 6
 
@@ -234,3 +235,48 @@ def test_missing_inputs_are_named():
         policy_loss.compute(Output(current(make())), batch, Denominators(1.0, 1.0))
     with pytest.raises(ValueError, match="no micro-batch"):
         policy_loss.minibatch(Denominators(1.0, 1.0), version_now=0).report()
+
+
+@pytest.mark.parametrize("proxy", ["loglinear", "linear"])
+def test_a_proxy_stands_for_the_old_log_prob_by_the_age_of_each_token(proxy):
+    batch = make(spread=0.4)
+    l_T = current(batch)
+    ages = (NOW - batch.per_token["versions"]).tolist()
+    stand_in = []
+    for now, inf, age in zip(
+        l_T.tolist(), batch.per_token["sampler_logprobs"].tolist(), ages, strict=True
+    ):
+        alpha = (age - 1) / age if age > 0 else 0.0
+        mixed = math.log((1 - alpha) * math.exp(inf) + alpha * math.exp(now))
+        stand_in.append(inf + alpha * (now - inf) if proxy == "loglinear" else mixed)
+    old = torch.tensor(stand_in, dtype=torch.float64)
+    replaced = PackedBatch(
+        batch.token_ids_T, batch.positions_T, batch.lengths, batch.per_token | {"old_logprobs": old}
+    )
+    want = Objective(corrections=(IcePop(low=0.8, high=1.2),))
+    loss, trace = PolicyLoss(want, proxy=proxy).compute(
+        Output(l_T), batch, count([batch]), version_now=NOW
+    )
+    assert loss.item() == pytest.approx(by_hand(replaced, l_T, want), rel=1e-9)
+    assert any(where.any() for where in trace.rejected.values())
+
+
+def test_divergence_and_entropy_are_means_over_all_loss_tokens_rejected_ones_too():
+    batch = make(spread=1.0)
+    l_T = current(batch)
+    generator = torch.Generator().manual_seed(3)
+    reference_T = l_T.detach() + 0.3 * torch.randn(
+        batch.num_tokens, dtype=torch.float64, generator=generator
+    )
+    entropy_T = torch.rand(batch.num_tokens, dtype=torch.float64, generator=generator)
+    batch.per_token[REFERENCE] = reference_T
+    plain = Objective(corrections=(IcePop(),))
+    full = replace(plain, kl=KlSpec(coefficient=0.5, estimator="k2"), entropy_bonus=0.1)
+    output, counts = Output(l_T, entropy_T), count([batch])
+    loss, trace = PolicyLoss(full).compute(output, batch, counts, version_now=NOW)
+    base, _ = PolicyLoss(plain).compute(output, batch, counts, version_now=NOW)
+    assert any(where.any() for where in trace.rejected.values())
+    m_T = batch.per_token["loss_mask"].bool()
+    divergence = float((0.5 * (reference_T - l_T.detach()).square())[m_T].mean())
+    want = 0.5 * divergence - 0.1 * float(entropy_T[m_T].mean())
+    assert (loss - base).item() == pytest.approx(want, rel=1e-9)

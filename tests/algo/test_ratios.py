@@ -35,6 +35,19 @@ def test_operands_are_widened_before_they_are_subtracted():
     assert log_ratio(a, b).dtype == torch.float32
     assert log_ratio(a, b).item() == -0.03125
     assert log_ratio(a.double(), b.double()).dtype == torch.float64
+    small = torch.tensor([-0.0625], dtype=torch.bfloat16)
+    assert log_ratio(a, small).item() == -4.9375
+    assert log_ratio(a, small / 8).item() == -4.9921875  # -5 when subtracted in bfloat16
+
+
+def test_only_the_current_policy_is_differentiated():
+    now, old, inf = (torch.tensor([-1.0, x], requires_grad=True) for x in (-2.0, -1.5, -1.2))
+    ratios = split(now, old, inf, torch.ones(2))
+    (ratios.log_d_T + ratios.log_s_T).sum().backward()
+    assert now.grad is not None
+    assert now.grad.tolist() == [1.0, 1.0]
+    assert old.grad is None
+    assert inf.grad is None
 
 
 def test_an_extreme_ratio_is_bounded_and_stays_finite():

@@ -85,7 +85,10 @@ def test_an_anchor_in_numbers():
 
 
 def test_snapshots_in_numbers():
-    found = snapshot_health({"hits": 3, "misses": 1, "loads": 2}, resident_bytes=7)
-    assert found["snapshot_hit_ratio"] == 0.75
-    assert found["snapshot_resident_bytes"] == 7
-    assert snapshot_health({}, resident_bytes=0)["snapshot_hit_ratio"] == 1.0
+    assert snapshot_health(3, 1, resident_bytes=7) == {
+        "snapshot_loads": 3.0,
+        "snapshot_misses": 1.0,
+        "snapshot_hit_ratio": 0.75,
+        "snapshot_resident_bytes": 7.0,
+    }
+    assert snapshot_health(0, 0, resident_bytes=0)["snapshot_hit_ratio"] == 1.0

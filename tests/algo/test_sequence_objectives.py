@@ -108,6 +108,13 @@ def test_opsm_drops_negative_sequences_that_the_policy_has_left():
     assert opsm_keep(-LOG_S, -ADV, LAYOUT, delta=0.05)[MASK].tolist() == [False] * 2 + [True] * 2
 
 
+def test_opsm_keeps_a_sequence_at_its_bound_and_vespo_counts_no_advantage_as_positive():
+    same = torch.zeros_like(LOG_S)
+    assert opsm_keep(same, torch.full_like(ADV, -1.0), LAYOUT, delta=0.0).all()
+    none = vespo_weight(LOG_S, torch.zeros_like(ADV), LAYOUT)
+    assert torch.equal(none, vespo_weight(LOG_S, torch.ones_like(ADV), LAYOUT))
+
+
 def test_sequence_products_ignore_environment_tokens():
     assert sequence_log_ratio(LOG_S, LAYOUT).tolist() == pytest.approx([0.2] * 3 + [0.6] * 2)
 

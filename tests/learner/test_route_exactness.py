@@ -250,6 +250,16 @@ async def test_every_known_mistake_is_caught(
         assert_told_apart(world, members, rows)
 
 
+async def test_an_environment_token_taken_for_a_sampled_one_is_caught(world: Versions) -> None:
+    members = world.play()
+    *stamps, (version, start, stop) = MIXED[0]
+    unmasked = restamp(members[0], *stamps, (version, start, stop + 1))
+    old = await world.old("snapshot_old", [unmasked, *members[1:]])
+    assert rows_of(old)[members[0].ticket_id][0][stop] != 0
+    with pytest.raises(AssertionError):
+        assert_exact(world, members, rows_of(old))
+
+
 async def test_a_snapshot_that_was_updated_in_place_stops_the_run_at_its_canary(
     world: Versions,
 ) -> None:

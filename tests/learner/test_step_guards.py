@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from services.learner.config import LearnerConfig
+from services.learner.staging import Scored
 from services.learner.step_guards import CLEAN_STEPS, GUARDS, GuardChange, StepFacts, StepGuards
 from services.learner.step_telemetry import StepTelemetry
 from services.learner.trainer import StepOutcome
@@ -18,7 +19,10 @@ from shared.runtime.logs import Log
 from shared.runtime.memory_bus import MemoryBus
 from shared.runtime.memory_server import MemoryServer
 from shared.runtime.metrics import ServiceCollector
+from shared.wire.base import Array
 from shared.wire.subjects import Subjects
+from shared.wire.trajectory import SamplingParams, Span, Trajectory, Turn
+from shared.wire.trajectory import Sequence as TokenSequence
 
 SOUND = {
     "d_abs_log_max": 0.3,
@@ -133,6 +137,68 @@ def test_mixed_kv_and_fallback_tokens_count_under_an_exact_route_only():
     }  # fmt: skip
     rollout = {"old_logprobs": {"route": "rollout"}, "learner": {"algo": {"corrections": []}}}
     assert observed(guards(**rollout), outcome(), mixed_kv_tokens=1) == set()
+
+
+def test_a_truncated_distribution_has_no_twin_under_any_route():
+    rollout = {"old_logprobs": {"route": "rollout"}, "learner": {"algo": {"corrections": []}}}
+    for of in (guards(), guards(**rollout)):
+        assert observed(of, outcome(), truncated_sampling_tokens=1) == {"truncated_sampling"}
+        assert observed(guards(), outcome(), truncated_sampling_tokens=0) == set()
+
+
+def member(*, top_p: float = 1.0, top_k: int = 0) -> Scored:
+    """A trajectory of two turns; the second one drawn as given."""
+    ids = np.arange(8)
+    sequence = TokenSequence(
+        token_ids=Array.of(ids, "i4"),
+        loss_mask=Array.of(np.isin(ids, (1, 2, 5, 6, 7)), "u1"),
+        spans=(Span(version=0, start=1, stop=3), Span(version=0, start=5, stop=8)),
+        arrays={"sampler_logprobs": Array.of(np.zeros(8), "f4")},
+        turns=(
+            Turn(start=1, stop=3, finish="stop", sampling=SamplingParams(max_new_tokens=4)),
+            Turn(
+                start=5, stop=8, finish="stop",
+                sampling=SamplingParams(max_new_tokens=4, top_p=top_p, top_k=top_k),
+            ),
+        ),
+    )  # fmt: skip
+    played = Trajectory(status="done", reward=1.0, sequences=(sequence,), task_digest="d")
+    return Scored("t0", 1, "", 0, played, ())
+
+
+@pytest.mark.parametrize(("drawn", "tokens"), [({}, 0), ({"top_p": 0.9}, 3), ({"top_k": 50}, 3)])
+def test_tokens_of_truncated_turns_are_counted(drawn: dict[str, Any], tokens: int):
+    bus = MemoryBus(Subjects("guards"), MemoryServer())
+    context = Context("learner", "learner-0", "i", bus, Log("learner"))
+    one = outcome()
+    StepTelemetry(context, LearnerConfig()).judge(0, one, [member(**drawn)], 0)
+    assert one.scalars["truncated_sampling_tokens"] == tokens
+    assert one.scalars["guard_truncated_sampling"] == float(tokens > 0)
+
+
+def test_health_and_every_minibatch_are_metrics_with_bounded_labels():
+    bus = MemoryBus(Subjects("guards"), MemoryServer())
+    context = Context("learner", "learner-0", "i", bus, Log("learner"))
+    one = outcome(
+        ewma_age=2.0, ewma_resets_drift=3.0, snapshot_misses=1.0, rej_token_low=0.1, clip_high=0.2
+    )
+    one.arrays["minibatch_s_k3"] = np.array([0.0, 0.5])
+    one.arrays["minibatch_clip_high"] = np.array([0.25, math.nan])
+    StepTelemetry(context, LearnerConfig()).show(one)
+    families = {family.name: family for family in ServiceCollector(context).collect()}
+
+    def shown(name: str) -> dict[tuple[str, ...], float]:
+        samples = families[f"lagwise_learner_{name}"].samples
+        return {tuple(sample.labels.values()): sample.value for sample in samples}
+
+    assert shown("step_ewma_age") == {(): 2.0}
+    assert shown("step_snapshot_misses") == {(): 1.0}
+    assert shown("ewma_resets") == {("drift",): 3.0}
+    assert shown("minibatch_s_k3") == {("0",): 0.0, ("1",): 0.5}
+    assert shown("minibatch_clip_high") == {("0",): 0.25}
+    assert shown("rejected_ratio") == {("token_low",): 0.1}
+    assert shown("cut_ratio") == {("clip_high",): 0.2}
+    assert shown("tokens") == {("0",): 1.0, ("1",): 1.0, ("2",): 1.0}
 
 
 def test_the_noise_floor_is_held_against_a_quarter_of_the_clip():

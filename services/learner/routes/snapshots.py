@@ -18,6 +18,7 @@ from services.learner.routes.base import OldLogprobs, RouteBase, RouteContext, R
 from services.learner.routes.forwards import forward_members
 from services.learner.staging import Scored
 from shared.algo.batching import balance
+from shared.algo.route_health import snapshot_health
 from shared.backends.base import Backend
 from shared.backends.trajectory_scoring import (
     LayoutKind,
@@ -101,6 +102,11 @@ class SnapshotOld(RouteBase):
                 self._history.bytes_held + _bytes_of(self._model),
             ),
             fallback_tokens=sum(len(work.piece.positions) for work in lost),
+            health=snapshot_health(
+                len(by_version) - len(missing),
+                len(missing),
+                resident_bytes=self._history.bytes_held,
+            ),
         )
 
     @property
