@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
+from services.learner.credit import Credit, GroupCredit
 from services.learner.staging import CompleteGroup, Scored
-from shared.algo.advantages import GroupAdvantages
 from shared.wire.journal import Batch, Member, TrainedGroup
-
-AdvantageFn = Callable[[Sequence[float]], GroupAdvantages]
 
 _NO_LOSS: dict[str, Literal["", "zero_variance", "too_few_members"]] = {
     "ok": "",
@@ -24,7 +22,7 @@ def decide_batch(
     version: int,
     epoch: int,
     seed: int,
-    advantage: AdvantageFn,
+    credit: Credit,
     max_staleness: int,
 ) -> Batch:
     """Return the journal entry of the step from `version`; replay reads it and decides nothing."""
@@ -32,7 +30,10 @@ def decide_batch(
         version=version,
         epoch=epoch,
         seed=seed,
-        groups=tuple(_decide_group(g, version, advantage, max_staleness) for g in groups),
+        groups=tuple(
+            _decide_group(group, version, result, max_staleness)
+            for group, result in zip(groups, credit(groups), strict=True)
+        ),
     )
 
 
@@ -46,9 +47,8 @@ def unusable_versions(member: Scored, oldest_usable: int) -> set[int]:
 
 
 def _decide_group(
-    group: CompleteGroup, version: int, advantage: AdvantageFn, max_staleness: int
+    group: CompleteGroup, version: int, result: GroupCredit, max_staleness: int
 ) -> TrainedGroup:
-    result = advantage([member.trajectory.reward for member in group.members])
     masked: set[int] = set()
     for member in group.members:
         masked |= unusable_versions(member, version - max_staleness)
@@ -60,8 +60,14 @@ def _decide_group(
             score_seq=member.score_seq,
             reward=member.trajectory.reward,
             advantage=value,
+            turn_advantages=turns,
         )
-        for member, value in zip(group.members, result.values, strict=True)
+        for member, value, turns in zip(
+            group.members,
+            result.advantages,
+            result.turns or ((),) * len(group.members),
+            strict=True,
+        )
     )
     return TrainedGroup(
         group_id=group.group_id,

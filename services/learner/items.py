@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ class Item:
     """Stamp, -1 where nothing was sampled."""
     old_logprobs: npt.NDArray[np.floating]
     sampler_logprobs: npt.NDArray[np.floating]
-    advantage: float
+    advantages: npt.NDArray[np.floating]
+    """[T], of the trajectory or of each turn; NaN, and no loss, in turns without any."""
     reward: float
     """Raw, of its trajectory."""
     trajectory: int
@@ -108,13 +110,16 @@ def build_items(
             sampled += num_sampled
             if group.no_loss:
                 continue
-            should_train += num_sampled
             num_trajectories += 1
             of_reference = reference[member.ticket_id] if reference else [None] * len(sequences)
+            of_turns = iter(member.turn_advantages)
             for index, (sequence, score, logprobs) in enumerate(
                 zip(sequences, old[member.ticket_id], of_reference, strict=True)
             ):
                 item = _item(sequence, score, group, member, num_trajectories, logprobs)
+                if member.turn_advantages:
+                    item = _by_turn(item, sequence, list(islice(of_turns, len(sequence.turns))))
+                should_train += int((item.sampled_mask & ~np.isnan(item.advantages)).sum())
                 if shadows is not None:
                     item = _shadowed(item, shadows, member.ticket_id, index)
                 own = [entry.version for entry in score.versions if entry.status == "exact"]
@@ -143,7 +148,7 @@ def pack_items(items: Sequence[Item]) -> PackedBatch:
         "loss_mask": [item.loss_mask for item in items],
         "old_logprobs": [item.old_logprobs for item in items],
         "sampler_logprobs": [item.sampler_logprobs for item in items],
-        "advantages": [_constant(item, item.advantage) for item in items],
+        "advantages": [np.nan_to_num(item.advantages) for item in items],
         "scores": [_constant(item, item.reward) for item in items],
         "versions": [item.versions for item in items],
         "trajectory": [np.full(item.num_tokens, item.trajectory, dtype=np.int64) for item in items],
@@ -174,18 +179,26 @@ def _item(
     for span in sequence.spans:
         versions[span.start : span.stop] = span.version
     sampled = sequence.loss_mask.numpy().astype(bool)
+    old_logprobs = score.old_logprobs.numpy()
     return Item(
         token_ids=sequence.token_ids.numpy(),
         loss_mask=sampled & ~np.isin(versions, group.masked_versions),
         sampled_mask=sampled,
         versions=versions,
-        old_logprobs=score.old_logprobs.numpy(),
+        old_logprobs=old_logprobs,
         sampler_logprobs=sequence.arrays["sampler_logprobs"].numpy(),
-        advantage=member.advantage,
+        advantages=np.full(len(versions), member.advantage, dtype=old_logprobs.dtype),
         reward=member.reward,
         trajectory=trajectory,
         reference_logprobs=reference_logprobs,
     )
+
+
+def _by_turn(item: Item, sequence: TokenSequence, values: list[float | None]) -> Item:
+    advantages = item.advantages.copy()
+    for turn, value in zip(sequence.turns, values, strict=True):
+        advantages[turn.start : turn.stop] = np.nan if value is None else value
+    return replace(item, advantages=advantages, loss_mask=item.loss_mask & ~np.isnan(advantages))
 
 
 def _shadowed(item: Item, shadows: ShadowInputs, ticket_id: str, sequence: int) -> Item:

@@ -15,6 +15,7 @@ import torch
 
 from services.learner.checkpoint import CheckpointStore
 from services.learner.config import LearnerConfig
+from services.learner.credit import make_credit
 from services.learner.decision import decide_batch
 from services.learner.desk import Desk
 from services.learner.evaluation import EvaluationRound
@@ -37,7 +38,6 @@ from services.learner.takeover import (
 )
 from services.learner.ticketing import derive_seed
 from services.learner.trainer import StepOutcome, Trainer
-from shared.algo.advantages import ADVANTAGES, group_advantages
 from shared.backends.base import Backend
 from shared.runtime.context import Context
 from shared.weights.publisher import Published
@@ -86,9 +86,7 @@ class Learner:
             num_ages=config.admission.max_staleness + 1,
             proxy=route.proxy,
         )
-        self._advantage = partial(
-            group_advantages, estimator=ADVANTAGES[config.learner.algo.advantage]
-        )
+        self._credit = make_credit(config.learner.algo)
         self._telemetry = StepTelemetry(context, config)
         self._recovery = Recovery(context, desk, journal, with_scores=route.waits_for_scores)
         self._previous: dict[str, torch.Tensor] = {}
@@ -185,7 +183,7 @@ class Learner:
                 version=self.version,
                 epoch=0,
                 seed=derive_seed(self._config.run.seed, "batch", self.version),
-                advantage=self._advantage,
+                credit=self._credit,
                 max_staleness=self._config.admission.max_staleness,
             )
             await self._journal.write(batch)

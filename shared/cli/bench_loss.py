@@ -191,7 +191,7 @@ def make_batch(size: Size, backend: TorchBackend) -> BatchItems:
             versions=versions.astype(np.int64),
             old_logprobs=zeros,
             sampler_logprobs=zeros,
-            advantage=float(rng.normal()),
+            advantages=np.full(length, rng.normal(), np.float32),
             reward=float(number % 2),
             trajectory=number,
             reference_logprobs=zeros,

@@ -10,13 +10,13 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from services.env_agents.text_renderer import TextRenderer
+from services.learner.credit import make_credit
 from services.learner.decision import decide_batch
 from services.learner.items import BatchItems, build_items
 from services.learner.routes.base import OldLogprobRoute, OldLogprobs
@@ -24,7 +24,6 @@ from services.learner.staging import CompleteGroup, Scored
 from services.learner.ticketing import derive_seed
 from services.learner.trainer import Trainer
 from services.rollout.engine import EngineDead
-from shared.algo.advantages import ADVANTAGES, group_advantages
 from shared.algo.policy_loss import PolicyLoss
 from shared.backends.adamw import AdamWSettings
 from shared.cli.bench_routes_book import Book
@@ -79,6 +78,7 @@ class Run:
         rng = random.Random(cell.seed)
         self._episodes = [self._planned(v, rng) for v in range(self._section.versions)]
         """By the version that they are trained at."""
+        self._credit = make_credit(self._section.algo)
         self._book = Book()
 
     @property
@@ -138,7 +138,7 @@ class Run:
             version=version,
             epoch=0,
             seed=derive_seed(self._cell.seed, "batch", version),
-            advantage=partial(group_advantages, estimator=ADVANTAGES[self._section.algo.advantage]),
+            credit=self._credit,
             max_staleness=self._num_ages - 1,
         )
         members = {m.ticket_id: m for group in groups for m in group.members}

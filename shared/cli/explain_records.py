@@ -110,7 +110,7 @@ def _explain(
         trained=trained.group if trained else None,
         batch_version=batch.version if batch else None,
         max_staleness=bound,
-        advantage=trained.member.advantage if trained else float("nan"),
+        member=trained.member if trained else None,
     )
     algo = config.learner.algo if config and trained else None
     return replace(

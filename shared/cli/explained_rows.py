@@ -15,7 +15,7 @@ import numpy.typing as npt
 from shared.cli.explain_policies import Logprobs
 from shared.cli.explain_step import SequenceTrace
 from shared.cli.explained import OldSource, Token
-from shared.wire.journal import TrainedGroup
+from shared.wire.journal import Member, TrainedGroup
 from shared.wire.messages import SequenceScore
 from shared.wire.trajectory import Span, Trajectory
 
@@ -42,7 +42,7 @@ def rows(
     trained: TrainedGroup | None,
     batch_version: int | None,
     max_staleness: int | None,
-    advantage: float,
+    member: Member | None,
 ) -> tuple[Token, ...]:
     """Return every token of every sequence, in order.
 
@@ -53,9 +53,10 @@ def rows(
         trained: its group in the batch, None for one that no step took.
         batch_version: stepped from.
         max_staleness: the configured bound; tells over-age from other masked versions.
-        advantage: of the trajectory.
+        member: the trajectory in the batch, None for one that no step took.
     """
     found: list[Token] = []
+    first_turn = 0
     for number, sequence in enumerate(played.sequences):
         version_at = _at(sequence.spans)
         turn_at = {p: n for n, t in enumerate(sequence.turns) for p in range(t.start, t.stop)}
@@ -81,13 +82,24 @@ def rows(
                 current=float(sampled.current[number][position]) if sampled.current else math.nan,
                 reference=float(sampled.reference[number][position]),
                 masked=_masked(version, provenance, trained, batch_version, max_staleness),
-                advantage=advantage,
+                advantage=_advantage(member, first_turn + turn_at.get(position, 0)),
             )
             token = replace(token, log_d=token.old - token.sampler, log_s=token.current - token.old)
             if sampled.traces:
                 token = _stepped(token, sampled.traces[number], sampled)
             found.append(token)
+        first_turn += len(sequence.turns)
     return tuple(found)
+
+
+def _advantage(member: Member | None, turn: int) -> float:
+    """Return a token's advantage; NaN where there is none, or its turn left the loss."""
+    if member is None:
+        return math.nan
+    if not member.turn_advantages:
+        return member.advantage
+    value = member.turn_advantages[turn]
+    return math.nan if value is None else value
 
 
 def _old(sampled: Sampled, number: int) -> tuple[npt.NDArray[np.floating], dict[int, str]]:

@@ -22,7 +22,12 @@ class AlgoSection(Section):
 
     preset: str = ""
     """A documented combination by the field's name; keys given beside it take precedence."""
-    advantage: Literal["dr_grpo", "grpo", "rloo"] = "dr_grpo"
+    advantage: Literal["dr_grpo", "grpo", "rloo", "batch_std"] = "dr_grpo"
+    """Of a reward relative to its group; `batch_std` divides by the deviation of the batch."""
+    credit: Literal["trajectory", "turn"] = "trajectory"
+    """turn: reward-to-go from each turn on, relative to the group's members at the same turn."""
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount per turn; with `credit: turn` only."""
     corrections: tuple[Annotated[CorrectionSpec, Field(discriminator="kind")], ...] = (
         DEFAULT_CORRECTIONS
     )
@@ -57,6 +62,13 @@ class AlgoSection(Section):
 
     @model_validator(mode="after")
     def _not_degenerate(self) -> Self:
+        if self.credit == "turn" and self.advantage == "batch_std":
+            raise ValueError(
+                "advantage: batch_std has one deviation for whole trajectories; with credit: turn "
+                "take dr_grpo, grpo or rloo"
+            )
+        if self.credit == "trajectory" and self.gamma != 1.0:
+            raise ValueError("gamma discounts turns: set credit: turn, or leave gamma at 1")
         self.settings()
         return self
 

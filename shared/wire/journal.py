@@ -45,6 +45,10 @@ class Member(Part):
     score_seq: int
     reward: float
     advantage: float
+    """Of every token, unless `turn_advantages` says otherwise."""
+    turn_advantages: tuple[float | None, ...] = ()
+    """Of the tokens of each turn, sequences after one another; None: they leave the loss. (): one
+    advantage for all."""
 
 
 class TrainedGroup(Part):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shared.wire.errors import ForeignMajor
 
-WIRE_VERSION: tuple[int, int] = (2, 0)
+WIRE_VERSION: tuple[int, int] = (2, 1)
 """(major, minor), in every payload."""
 
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from services.learner.completing import Completer
+from services.learner.credit import make_credit
 from services.learner.decision import decide_batch
 from services.learner.items import BatchItems, build_items, pack_items
 from services.learner.partials import PartialBook
@@ -22,11 +22,11 @@ from services.learner.routes.registry import ROUTES
 from services.learner.staging import CompleteGroup, Scored, TerminalArrived
 from services.logit_oracle.config import LogitOracleConfig
 from services.logit_oracle.service import serve
-from shared.algo.advantages import dr_grpo, group_advantages
 from shared.algo.batching import pack
 from shared.algo.objective import Objective
 from shared.algo.policy_loss import PolicyLoss, count
 from shared.backends.torch_backend import TorchBackend
+from shared.runtime.algo_section import AlgoSection
 from shared.runtime.context import Context
 from shared.runtime.logs import Log
 from shared.runtime.memory_bus import MemoryBus
@@ -282,7 +282,7 @@ class Versions:
             version=HEAD,
             epoch=0,
             seed=0,
-            advantage=partial(group_advantages, estimator=dr_grpo),
+            credit=make_credit(AlgoSection()),
             max_staleness=HEAD,
         )
         return build_items(batch, {m.ticket_id: m for m in members}, old.by_ticket)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import ModuleType
 
 import numpy as np
 
+from services.learner.credit import make_credit
 from services.learner.decision import decide_batch
 from services.learner.items import build_items, pack_items, shuffled_minibatches
 from services.learner.staging import CompleteGroup, Scored
-from shared.algo.advantages import dr_grpo, group_advantages
+from shared.runtime.algo_section import AlgoSection
 from shared.wire.journal import Batch
 
-ADVANTAGE = partial(group_advantages, estimator=dr_grpo)
+CREDIT = make_credit(AlgoSection())
 
 
 def scored(
@@ -29,9 +29,7 @@ def scored(
 
 
 def decide(*groups: CompleteGroup, version: int = 5, eta: int = 4) -> Batch:
-    return decide_batch(
-        groups, version=version, epoch=0, seed=1, advantage=ADVANTAGE, max_staleness=eta
-    )
+    return decide_batch(groups, version=version, epoch=0, seed=1, credit=CREDIT, max_staleness=eta)
 
 
 def members_of(*groups: CompleteGroup) -> dict[str, Scored]:
