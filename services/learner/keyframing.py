@@ -1,4 +1,4 @@
-"""Full copies of the head beside its deltas, and the sweep of what dead publishers left."""
+"""Full copies of the head beside its deltas, and the sweep of what nobody names any more."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Literal
 
+from services.learner.blob_sweep import BlobSweep
 from shared.runtime.context import Context
 from shared.runtime.errors import BusError
 from shared.runtime.leases import LeaseBoard
@@ -69,6 +70,7 @@ class Keyframing:
         self._publisher = publisher
         self._board = board
         self._own_wants = own_wants
+        self._blobs = BlobSweep(context.bus)
         self._clock = clock
         self._last = self._swept = self._not_before = float("-inf")
         self._pause_s = WANTED_PAUSE_S
@@ -121,3 +123,4 @@ class Keyframing:
             return
         self._swept = now
         self._context.count("orphans_swept", await self._publisher.sweep_orphans())
+        self._context.count("blobs_swept", await self._blobs.sweep(time.time() - ORPHAN_AGE_S))

@@ -223,6 +223,21 @@ async def test_orphans_are_swept_at_start_and_while_running_and_counted(
     assert world.context.counters["orphans_swept"] == 2
 
 
+async def test_blobs_that_nothing_points_at_are_swept_too(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.bus.append(SUBJECTS.terminal("large"), bytes(world.bus.max_payload))
+    await world.bus.purge("terminals", 2)
+    await world.look_for(1)
+    assert (await world.bus.stream_state("blobs")).num_messages == 2  # too young
+    later = time.time() + 2 * ORPHAN_AGE_S
+    monkeypatch.setattr(keyframing.time, "time", lambda: later)
+    world.now += ORPHAN_AGE_S
+    await world.look_for(1)
+    assert (await world.bus.stream_state("blobs")).num_messages == 0
+    assert world.context.counters["blobs_swept"] == 1
+
+
 async def test_the_sweep_makes_room_for_the_keyframe(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
