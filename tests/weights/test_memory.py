@@ -60,6 +60,7 @@ asyncio.run(follow())
 """
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc (Linux)")
 def test_an_oracle_holds_one_copy_and_a_bound_however_dense_the_deltas_are(tmp_path: Path) -> None:
     """Three deltas as large as the model and a keyframe over what is held."""
