@@ -14,7 +14,8 @@ from shared.runtime.context import Context
 from shared.runtime.errors import Fatal
 from shared.runtime.leases import LeaseBoard
 from shared.weights.canary import backend_scorer, canary_tokens, make_canary
-from shared.weights.publisher import Published, Publisher, verify_same
+from shared.weights.digests import verify_same
+from shared.weights.publisher import Published, Publisher
 from shared.wire.telemetry import Lease
 from shared.wire.weights import Canary, Manifest
 

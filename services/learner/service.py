@@ -12,9 +12,7 @@ import asyncio
 import time
 import uuid
 from contextlib import aclosing
-from typing import Literal, cast
-
-import msgpack
+from typing import Literal
 
 from services.learner.building import (
     load_backend,
@@ -32,13 +30,14 @@ from services.learner.keyframing import Keyframing
 from services.learner.learner import Learner
 from services.learner.positions import Positions
 from services.learner.publication import Publication, Slack
+from services.learner.purging import Purging
 from services.learner.score_records import score_event
 from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
 from shared.backends.torch_backend import TorchBackend
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
-from shared.runtime.errors import BusError, Conflict
+from shared.runtime.errors import Conflict
 from shared.runtime.intake import accept
 from shared.runtime.leases import LeaseBoard
 from shared.weights.assembly import make_publisher
@@ -92,7 +91,13 @@ class _Shell:
         )
         self._positions = Positions(context.bus)
         self._fencing = self._make_fencing(backend) if self._route.needs_fence else None
-        self._keyframing = Keyframing(context, self._publisher, self._board)
+        self._keyframing = Keyframing(
+            context,
+            self._publisher,
+            self._board,
+            own_wants=lambda: self._route.keyframe_wanted,
+        )
+        self._purging = Purging(context, self._publisher)
         self._learner = Learner(
             context,
             config,
@@ -251,7 +256,7 @@ class _Shell:
             last = now
             await self._fail_overdue(now)
             await self._put_control()
-            await self._purge()
+            await self._purging.purge(self._low_water_mark(), self._learner.floors)
             self._gauges()
 
     def _give_up_scores(self, elapsed_s: float) -> None:
@@ -309,24 +314,6 @@ class _Shell:
         await self._bus.put_control("control", encode(control))
         if self._fencing is not None:
             await self._bus.publish(self._bus.subjects.control, encode(control))
-
-    async def _purge(self) -> None:
-        """Drop what no retained checkpoint needs, as far as the recorder has archived it."""
-        archived = await self._bus.get_control("archived")
-        if archived is None:
-            return
-        positions = cast("dict[str, int]", msgpack.unpackb(archived))
-        try:
-            low = min(self._low_water_mark(), positions.get("versions", -1))
-            if low >= 0:
-                await self._publisher.purge_below(low)
-            for name in ("terminals", "scores"):
-                floor = min(self._learner.floors.get(name, 0), positions.get(name, 0) + 1)
-                if floor > 1:
-                    await self._bus.purge(name, floor)
-        except BusError as error:
-            # What cannot be purged now is purged at the next tick.
-            self._context.log.warning("purge_failed", reason=str(error))
 
     def _gauges(self) -> None:
         self._context.gauges |= {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy.typing as npt
 import torch
 
 from shared.wire.messages import SampledTokens
@@ -96,7 +97,28 @@ class Engine(Protocol):
 
     def load(self) -> EngineLoad: ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End it; whoever still waits gets `EngineDead`. A second call does nothing."""
+        ...
+
+
+@runtime_checkable
+class ScoringEngine(Protocol):
+    """An engine that can also say what its weights make of given text: optional.
+
+    The host asks such an engine for the canary of every version, where its dtype allows.
+    """
+
+    async def score(self, token_ids: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """Return the log-probs, at temperature 1, of sequences under the version in use.
+
+        Per sequence [L] an array [L], its first element 0. What is being sampled goes on as if
+        this had not been called.
+
+        Raises:
+            EngineDead: the engine cannot forward any more.
+        """
+        ...
 
 
 class EngineDead(Exception):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from services.rollout.engine import Engine, EngineDead
+from services.rollout.engine import Engine, EngineDead, ScoringEngine
 from services.rollout.qwen3_weights import cast_digest
 from shared.runtime.logs import Log
+from shared.weights.canary import canary_rows, compare_canary, proves_something
 from shared.wire.weights import Manifest
 
 State = Mapping[str, torch.Tensor]
@@ -36,7 +37,7 @@ class EngineHost:
         self._dead = False
         self._revived_for = -1
         self._past: dict[str, float] = {}
-        """Counters of the engines that died."""
+        """Counters of the engines that died, and the host's own."""
         self._writing = asyncio.Lock()
         self.problem = "no weights yet"
         """Why nothing can be sampled; empty when it can."""
@@ -100,15 +101,38 @@ class EngineHost:
         complete = None if not self._applied else changed
         try:
             await self._engine.update(manifest.version, state, complete)
-            expected = cast_digest(state, self._dtype)
-            found = self._engine.device_digest()
-            if found != expected:
-                raise EngineDead(f"the device copy has digest {found}, its source {expected}")
+            await self._verify(manifest, state)
         except EngineDead as error:
             self.died(self._engine, error)
+            # At once: nothing that the wrong weights sample may be answered.
+            await self._engine.close()
             return
         self._applied = True
         self.problem = ""
+
+    async def _verify(self, manifest: Manifest, state: State) -> None:
+        """Hold the device copy against its source and, where that proves anything, the canary.
+
+        Raises:
+            EngineDead: it is not the version.
+        """
+        expected = cast_digest(state, self._dtype)
+        found = self._engine.device_digest()
+        if found != expected:
+            raise EngineDead(f"the device copy has digest {found}, its source {expected}")
+        engine, canary = self._engine, manifest.canary
+        if not isinstance(engine, ScoringEngine) or not proves_something(canary, self._dtype):
+            return
+        result = compare_canary(canary, await engine.score(canary_rows(canary)))
+        self._count("canary_checks")
+        if not result.ok:
+            self._count("canary_failures")
+            raise EngineDead(
+                f"its canary is off by {result.max_error:g}, allowed are {canary.tolerance:g}"
+            )
+
+    def _count(self, name: str) -> None:
+        self._past[name] = self._past.get(name, 0.0) + 1.0
 
     async def _rebuild(self) -> None:
         self._past = self.counters()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -204,6 +205,33 @@ class Qwen3Forward:
             pad_RQ=torch.from_numpy(tokens_RQ.reshape(-1)),
             unpad=torch.from_numpy(np.flatnonzero(real_RQ)),
         )
+
+
+def score_sequences(
+    weights: DeviceWeights, token_ids: Sequence[npt.NDArray[Any]]
+) -> list[npt.NDArray[Any]]:
+    """Return per sequence [L] the log-prob of every token given those before it, the first 0.
+
+    By the forward that samples, over a cache of its own; at least float32.
+    """
+    counts = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+    if not counts.sum():
+        return [np.zeros(0) for _ in token_ids]
+    cache = KvCache(weights.config, len(counts), int(counts.max()), weights.dtype)
+    forward = Qwen3Forward(weights, cache)
+    order = np.flatnonzero(counts)  # a row has one token at least
+    group = RowGroup(
+        slots_R=order, starts_R=np.zeros(len(order), dtype=np.int64), counts_R=counts[order]
+    )
+    ids_T = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in token_ids])
+    logits_TV = forward(ids_T, [group], np.arange(len(ids_T)))
+    logprobs_T = torch.zeros(len(ids_T), dtype=logits_TV.dtype)
+    chosen = torch.from_numpy(ids_T[1:, None])
+    logprobs_T[1:] = torch.log_softmax(logits_TV[:-1], -1).gather(-1, chosen).squeeze(-1)
+    rows = np.split(logprobs_T.numpy(), np.cumsum(counts)[:-1])
+    for row in rows:
+        row[:1] = 0.0  # nothing predicts it; what stands there belongs to the row before
+    return rows
 
 
 def _positions(group: RowGroup) -> Ints:

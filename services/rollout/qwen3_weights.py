@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from services.rollout.qwen3_config import Qwen3Config
-from shared.weights.digests import specs, version_digest
+from shared.weights.digests import spec, specs, version_digest
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -45,8 +45,8 @@ def cast_state(
 
 
 def cast_digest(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> str:
-    """Return the digest that a device copy of `state` in `dtype` must have."""
-    return version_digest(specs(cast_state(state, state.keys(), dtype)))
+    """Return the digest that a device copy of `state` in `dtype` must have; casts one at a time."""
+    return version_digest(spec(name, state[name].detach().to(dtype)) for name in state)
 
 
 class DeviceWeights:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from services.rollout.engine import EngineDead, EngineLoad, SampleResult, SampleSpec
 from services.rollout.prefix_cache import PrefixCache
 from services.rollout.qwen3_config import read_config
-from services.rollout.qwen3_forward import KvCache, Qwen3Forward, RowGroup
+from services.rollout.qwen3_forward import KvCache, Qwen3Forward, RowGroup, score_sequences
 from services.rollout.qwen3_weights import DeviceWeights, cast_state
 from services.rollout.sampling import check_sampling, draw, seed_bits, uniforms
 from services.rollout.scheduler import Finish, Row, Scheduler, Work
@@ -128,6 +129,11 @@ class TorchEngine:
 
     def device_digest(self) -> str:
         return self._weights.digest()
+
+    async def score(self, token_ids: Sequence[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        """See `ScoringEngine`; a cache of its own, so that no running turn sees it."""
+        self._refuse_if_dead()
+        return score_sequences(self._weights, token_ids)
 
     def interrupt(self, request_id: str | None = None) -> None:
         chosen = self._scheduler.request_ids if request_id is None else (request_id,)

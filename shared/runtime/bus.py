@@ -183,6 +183,13 @@ class Bus(Protocol):
         """Return one stored message, blobs resolved, or None when it is gone."""
         ...
 
+    async def blob_of(self, stream: StreamName, seq: int) -> str | None:
+        """Return the digest of the blob that a stored message points at.
+
+        None when the message is whole, or gone.
+        """
+        ...
+
     def read(
         self, stream: StreamName, start_seq: int, *, subject: str | None = None
     ) -> AsyncGenerator[list[Record], None]:

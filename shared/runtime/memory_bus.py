@@ -105,7 +105,7 @@ class MemoryBus:
                 payload,
                 self.subjects,
                 self.max_payload,
-                lambda name, chunk: self._append(name, chunk, 0, None),
+                lambda name, chunk, chunk_id: self._append(name, chunk, None, chunk_id),
             )
         return await self._append(subject, payload, expect_last_subject_seq, msg_id)
 
@@ -123,7 +123,11 @@ class MemoryBus:
                 )
             except Conflict:
                 stored = stream.by_subject.get(subject)
-                if retried and stored is not None and stream.msg_ids.get(msg_id) == stored:
+                if (
+                    retried
+                    and stored is not None
+                    and stream.msg_ids.get(msg_id, (0, 0.0))[0] == stored
+                ):
                     return stored  # ours: only the acknowledgement was lost
                 raise
             if not self.server.lose_acks:
@@ -141,6 +145,11 @@ class MemoryBus:
     async def get(self, stream: StreamName, seq: int) -> Record | None:
         record = (await self._stream(stream)).records.get(seq)
         return None if record is None else await self._resolved(record)
+
+    async def blob_of(self, stream: StreamName, seq: int) -> str | None:
+        record = (await self._stream(stream)).records.get(seq)
+        ref = None if record is None else blobs.ref_of(record.payload)
+        return None if ref is None else ref.digest
 
     async def read(
         self, stream: StreamName, start_seq: int, *, subject: str | None = None

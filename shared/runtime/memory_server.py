@@ -15,6 +15,7 @@ from itertools import islice
 
 from shared.runtime.bus import CoreMessage, Record
 from shared.runtime.errors import Conflict, PayloadTooLarge, StreamFull
+from shared.runtime.jetstream import DUPLICATE_WINDOW_S
 from shared.runtime.streams import matches
 
 Clock = Callable[[], float]
@@ -75,7 +76,8 @@ class MemoryStream:
     records: dict[int, Record] = field(default_factory=dict[int, Record])
     order: list[int] = field(default_factory=list[int])
     by_subject: dict[str, int] = field(default_factory=dict[str, int])
-    msg_ids: dict[str, int] = field(default_factory=dict[str, int])
+    msg_ids: dict[str, tuple[int, float]] = field(default_factory=dict[str, tuple[int, float]])
+    """Message id -> its sequence, and when it came."""
     consumers: dict[str, MemoryConsumer] = field(default_factory=dict[str, MemoryConsumer])
     last_seq: int = 0
     num_bytes: int = 0
@@ -158,8 +160,9 @@ class MemoryServer:
         # Like the real server: the comparison comes first, a known id second.
         if expected is not None and stream.by_subject.get(subject, 0) != expected:
             raise Conflict(subject, expected)
-        if msg_id and msg_id in stream.msg_ids:
-            return stream.msg_ids[msg_id]
+        known = stream.msg_ids.get(msg_id)
+        if known is not None and self.monotonic() - known[1] < DUPLICATE_WINDOW_S:
+            return known[0]
         if stream.num_bytes + len(payload) > stream.max_bytes:
             raise StreamFull(subject)
         stream.last_seq += 1
@@ -169,7 +172,7 @@ class MemoryServer:
         stream.by_subject[subject] = seq
         stream.num_bytes += len(payload)
         if msg_id:
-            stream.msg_ids[msg_id] = seq
+            stream.msg_ids[msg_id] = (seq, self.monotonic())
         stream.changed.notify()
         return seq
 

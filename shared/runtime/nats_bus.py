@@ -135,21 +135,21 @@ class NatsBus:
             )
         return await self._calls.append(stream, subject, payload, expect_last_subject_seq, msg_id)
 
-    async def _append_chunk(self, subject: str, chunk: bytes) -> int:
-        return await self._calls.append(self.subjects.stream("blobs"), subject, chunk, 0, None)
+    async def _append_chunk(self, subject: str, chunk: bytes, msg_id: str) -> int:
+        return await self._calls.append(self.subjects.stream("blobs"), subject, chunk, None, msg_id)
 
     async def last(self, subject: str) -> Record | None:
         record = await self._last_raw(stream_of(self.subjects, subject), subject)
         return None if record is None else await self._resolved(record)
 
     async def get(self, stream: StreamName, seq: int) -> Record | None:
-        request = json.dumps({"seq": seq}).encode()
-        answer = await self._calls.request(
-            f"{API}.DIRECT.GET.{self.subjects.stream(stream)}", request
-        )
-        if answer.status:
-            return None
-        return await self._resolved(parse_direct(answer.headers, answer.data))
+        record = await self._get_raw(stream, seq)
+        return None if record is None else await self._resolved(record)
+
+    async def blob_of(self, stream: StreamName, seq: int) -> str | None:
+        record = await self._get_raw(stream, seq)
+        ref = None if record is None else blobs.ref_of(record.payload)
+        return None if ref is None else ref.digest
 
     async def read(
         self, stream: StreamName, start_seq: int, *, subject: str | None = None
@@ -233,6 +233,12 @@ class NatsBus:
         return None if answer.status or "KV-Operation" in answer.headers else answer.data
 
     # --- inside
+    async def _get_raw(self, stream: StreamName, seq: int) -> Record | None:
+        name = self.subjects.stream(stream)
+        request = json.dumps({"seq": seq}).encode()
+        answer = await self._calls.request(f"{API}.DIRECT.GET.{name}", request)
+        return None if answer.status else parse_direct(answer.headers, answer.data)
+
     async def _last_raw(self, stream: StreamName, subject: str) -> Record | None:
         name = self.subjects.stream(stream)
         answer = await self._calls.request(f"{API}.DIRECT.GET.{name}.{subject}", b"")

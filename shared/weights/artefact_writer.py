@@ -73,6 +73,8 @@ class ArtefactWriter:
                     encoding=encoding,
                     chunk_bytes=self._chunk_bytes,
                 )
+            except BusUnavailable:
+                raise  # a bus that is away would only be waited for once more
             except BusError:
                 await self._drop(upload_id)
                 raise
@@ -80,7 +82,7 @@ class ArtefactWriter:
         return uploaded.artefact
 
     async def _drop(self, upload_id: str) -> None:
-        """Drop the chunks of an upload that failed: a stream that is full must not stay so."""
+        """Drop the chunks of a refused upload: a stream that is full must not stay so."""
         try:
             end = (await self._bus.stream_state("chunks")).last_seq
             pattern = f"{self._bus.subjects.prefix}.chunk.{upload_id}.*"

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from shared.algo.batching import pack
-from shared.backends.base import Backend
 from shared.wire.base import Array
 from shared.wire.weights import Canary
+
+if TYPE_CHECKING:  # rollouts score canaries without a training backend
+    from shared.backends.base import Backend
 
 Score = Callable[[Sequence[npt.NDArray[Any]]], list[npt.NDArray[Any]]]
 """Token ids (B arrays [L]) -> log-probs (B arrays [L], position t that of token t; 0 first)."""
@@ -57,7 +59,7 @@ def make_canary(score: Score, token_ids: npt.NDArray[np.int32], dtype: torch.dty
     Raises:
         ValueError: a log-prob is not finite: such a policy must not be published.
     """
-    logprobs = _scored(score, token_ids)
+    logprobs = _predicted(score(list(token_ids)), token_ids.shape[1] - 1)
     if not np.isfinite(logprobs).all():
         raise ValueError("the canary's log-probs are not finite: the policy has diverged")
     return Canary(
@@ -67,10 +69,30 @@ def make_canary(score: Score, token_ids: npt.NDArray[np.int32], dtype: torch.dty
     )
 
 
+def proves_something(canary: Canary, dtype: torch.dtype) -> bool:
+    """Return whether a forward in `dtype` can be held to the canary, and whether that says much.
+
+    A forward in a lower dtype than the published one misses the floor with the right weights; a
+    floor of 16 bits is met by many wrong ones, too. Digests of the device copy are for both.
+    """
+    floor = TOLERANCE.get(dtype, float("inf"))
+    return floor <= canary.tolerance <= TOLERANCE[torch.float32]
+
+
+def canary_rows(canary: Canary) -> list[npt.NDArray[Any]]:
+    """Return the batch as a `Score` takes it: B arrays [L]."""
+    return list(canary.token_ids.numpy())
+
+
 def check_canary(canary: Canary, score: Score) -> CanaryResult:
     """Score the batch under a materialised version and compare."""
+    return compare_canary(canary, score(canary_rows(canary)))
+
+
+def compare_canary(canary: Canary, scored: Sequence[npt.NDArray[Any]]) -> CanaryResult:
+    """Compare what a `Score` returned for the batch."""
     expected = canary.logprobs.numpy().astype(np.float64)
-    found = _scored(score, canary.token_ids.numpy()).astype(np.float64)
+    found = _predicted(scored, expected.shape[1]).astype(np.float64)
     if found.shape != expected.shape or not np.isfinite(found).all():
         return CanaryResult(max_error=float("inf"), ok=False)
     max_error = float(np.abs(found - expected).max(initial=0.0))
@@ -88,7 +110,8 @@ def backend_scorer(backend: Backend, temperature: float = 1.0) -> Score:
     return score
 
 
-def _scored(score: Score, token_ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _predicted(rows: Sequence[npt.NDArray[Any]], length: int) -> npt.NDArray[Any]:
     """Return log-probs [B, L-1] of every token but the first."""
-    rows = score([token_ids[b] for b in range(len(token_ids))])
+    if not len(rows):
+        return np.zeros((0, length))
     return np.stack([np.asarray(row)[1:] for row in rows])

@@ -20,7 +20,7 @@ import torch
 from shared.weights.bits import Bits, bits_dtype, code_of, dtype_of, to_bits
 from shared.weights.kernels.choice import kernels_for
 from shared.weights.kernels.reference import MASK, contributions
-from shared.wire.weights import TensorSpec
+from shared.wire.weights import Manifest, TensorSpec
 
 
 def tensor_digest(tensor: torch.Tensor, *, offset: int = 0) -> int:
@@ -78,6 +78,15 @@ def version_digest(tensors: Iterable[TensorSpec]) -> str:
         shape = ",".join(str(n) for n in tensor.shape)
         digest.update(f"{tensor.name} {tensor.dtype} {shape} {tensor.digest}\n".encode())
     return digest.hexdigest()
+
+
+def verify_same(manifest: Manifest, state: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether `state` is, bit for bit, the version that `manifest` describes.
+
+    A restored learner asks this of every version it re-derives: the same bytes keep their number
+    and are not published again.
+    """
+    return version_digest(specs(state)) == manifest.digest
 
 
 def sha256_of(state: Mapping[str, torch.Tensor]) -> str:

@@ -105,8 +105,11 @@ class Follower:
 
     @property
     def resyncs(self) -> int:
-        """Artefacts that could not be used (gone, corrupt, for another base) and faulty copies."""
-        return self._materialiser.counters["resyncs"]
+        """What could not be used, and was tried again or gone around.
+
+        Artefacts (gone, corrupt, for another base), manifests (of another format), faulty copies.
+        """
+        return self._materialiser.counters["resyncs"] + self._tail.num_refused
 
     @property
     def versions_applied(self) -> int:

@@ -30,6 +30,8 @@ class ManifestTail:
         """Records by version, oldest first; a version's manifest may be gone or not yet read."""
         self.refused: dict[int, str] = {}
         """Unreadable manifests: log sequence -> why."""
+        self.num_refused = 0
+        """Manifests that could not be read when they came."""
         self.read_to = 0
         """Last sequence read."""
         self.newest = -1
@@ -85,6 +87,7 @@ class ManifestTail:
             manifest = decode(record.payload, Manifest)
         except WireError as error:
             if record.seq not in self.refused:
+                self.num_refused += 1
                 self._log.error("manifest_refused", seq=record.seq, reason=str(error))
             self.refused[record.seq] = str(error)
             return

@@ -16,7 +16,7 @@ from shared.runtime.errors import BusUnavailable
 from shared.runtime.logs import Log
 from shared.weights.artefact_writer import ArtefactWriter
 from shared.weights.base_copy import BaseCopy
-from shared.weights.digests import num_bytes, specs, version_digest
+from shared.weights.digests import num_bytes, version_digest
 from shared.weights.fence import append_manifest, refuse_if_late
 from shared.weights.keyframe_store import KeyframeStore
 from shared.weights.manifest_log import Logged, read_head, read_log, read_named_uploads
@@ -37,15 +37,6 @@ class Published:
     num_bytes: int
     """Uploaded for it."""
     seconds: float
-
-
-def verify_same(manifest: Manifest, state: Mapping[str, torch.Tensor]) -> bool:
-    """Return whether `state` is, bit for bit, the version that `manifest` describes.
-
-    A restored learner asks this of every version it re-derives: the same bytes keep their number
-    and are not published again.
-    """
-    return version_digest(specs(state)) == manifest.digest
 
 
 class Publisher:

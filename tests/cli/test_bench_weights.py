@@ -22,7 +22,7 @@ FIELDS = {
     "encode_over_memcpy", "apply_over_memcpy", "zstd_full_ratio", "history5_over_copy",
     "publish_to_applied_s", "local_file_s", "peak_rss_bytes",
 }  # fmt: skip
-"""What the issue asks of every row."""
+"""What every row must have, whatever is added."""
 
 GOOD = {
     "case": "1gb-1pct", "model_bytes": 10**9, "changed_ratio": 0.01, "delta_ratio": 0.007,

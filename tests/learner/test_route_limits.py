@@ -160,6 +160,28 @@ async def test_a_version_that_is_gone_stops_the_run_by_name(model_dir: Path) -> 
             await route.at_step(members, HEAD)
 
 
+async def test_a_route_without_a_way_to_a_version_asks_for_a_keyframe_and_goes_on(
+    world: Versions,
+) -> None:
+    """The newest version's delta is lost: it has no lease that could ask."""
+    members = world.play(MIXED[:1])
+    async with world.route("oracle") as other:
+        assert not other.keyframe_wanted
+    manifest = world.publisher.head
+    bus, end = world.bus, (await world.bus.stream_state("chunks")).last_seq + 1
+    lost = bus.subjects.chunk(manifest.delta.upload_id, 0)
+    await bus.purge("chunks", end, subject=lost)
+    async with world.route("snapshot_old") as route, asyncio.timeout(20):
+        while not route.keyframe_wanted:  # noqa: ASYNC110 - any condition, test code
+            await asyncio.sleep(0.02)
+        await world.publisher.publish_keyframe(reason="wanted")
+        while route.keyframe_wanted:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        world.stand_at(HEAD)
+        old = await route.at_step(members, HEAD)
+    assert old.fallback_tokens == 0
+
+
 async def test_a_version_that_comes_back_within_the_bound_is_scored(
     world: Versions, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from shared.wire.codec import decode, encode
 from shared.wire.messages import CancelRequest, SampleReply, SampleRequest
 from shared.wire.subjects import Subjects
 from shared.wire.trajectory import SamplingParams
-from tests.rollout.models import VOCAB, State, make_state
+from tests.rollout.models import VOCAB, State, make_state, reference_logprobs
 
 SUBJECTS = Subjects("test")
 FINAL = ("behind", "partial", "done", "refused")
@@ -68,16 +68,21 @@ class World:
         """Requests for which the bus said that nobody listens."""
         self._arrived = asyncio.Condition()
 
-    async def publish(self, state: State) -> int:
-        """Publish a state as the next version and return it."""
+    async def publish(self, state: State, *, canary_of: State | None = None) -> int:
+        """Publish a state as the next version and return it; its canary is that of its own bytes.
+
+        `canary_of`: of these instead, as if the version had been mistaken for another.
+        """
         if self._publisher is None:
             await self.bus.create_streams()
             self._publisher = Publisher(
                 self.bus, model_id="policy", producer="test", log=Log("test"), keyframe_every=4
             )
             await self._publisher.start()
+        scored = state if canary_of is None else canary_of
+        tied = "lm_head.weight" not in scored
         canary = make_canary(
-            lambda ids: [np.zeros(len(i), np.float32) for i in ids],
+            lambda ids: [np.array(reference_logprobs(scored, i.tolist(), tied=tied)) for i in ids],
             canary_tokens(VOCAB, 16, 0),
             torch.float32,
         )

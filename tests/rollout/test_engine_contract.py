@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.rollout.engine import EngineDead
+from services.rollout.engine import EngineDead, ScoringEngine
 from services.rollout.qwen3_weights import cast_digest
 from shared.wire.trajectory import SamplingParams
 from tests.rollout.engines import (
@@ -23,6 +23,7 @@ from tests.rollout.engines import (
     started,
     when_sampled,
 )
+from tests.rollout.models import reference_logprobs
 
 
 async def test_logprobs_are_the_reference_forwards_at_start_and_after_every_update(
@@ -299,6 +300,32 @@ async def test_the_device_digest_is_that_of_the_cast_source(
         assert engine.device_digest() != cast_digest(versions[1], kind.dtype)
         await engine.update(1, versions[1], None)
         assert engine.device_digest() == cast_digest(versions[1], kind.dtype)
+
+
+async def test_given_text_is_scored_as_the_reference_does_and_sampling_does_not_notice(
+    kind: EngineKind, model_dir: Path, versions: Versions
+) -> None:
+    texts = [np.array(make_prompt(seed, length)) for seed, length in enumerate((16, 1, 40, 2))]
+    async with started(kind.make(model_dir)) as engine:
+        if not isinstance(engine, ScoringEngine):
+            pytest.skip("scoring is optional")
+        await engine.update(0, versions[0], None)
+        spec = make_spec("r", make_prompt(9, 11), new=8)
+        undisturbed = await engine.sample(spec)
+        for version in (0, 1):
+            await engine.update(version, versions[version], None)
+            async with asyncio.TaskGroup() as group:
+                answer = group.create_task(engine.sample(spec))
+                await asyncio.sleep(0)
+                await when_sampled(engine, "r", 3)
+                scored = await engine.score(texts)
+            assert [len(row) for row in scored] == [16, 1, 40, 2]
+            for text, row in zip(texts, scored, strict=True):
+                expected = reference_logprobs(versions[version], text.tolist(), tied=versions.tied)
+                assert np.abs(row - np.array(expected)).max() <= kind.tolerance
+            if version == 0:
+                assert ids_of(answer.result()) == ids_of(undisturbed)
+        assert await engine.score([]) == []
 
 
 @pytest.mark.parametrize(

@@ -277,10 +277,12 @@ async def test_a_dead_engine_is_rebuilt_under_the_same_version(world: World) -> 
 async def test_weights_that_kill_every_engine_leave_the_pod_unready_until_the_next_version(
     world: World,
 ) -> None:
-    async with world.pod() as context:
-        broken = make_state(1, tied=False, dtype=torch.float32)
+    # In bfloat16 no canary is scored, which would refuse such a version before it is sampled from.
+    async with world.pod(dtype="bfloat16") as context:
+        right = make_state(1, tied=False, dtype=torch.float32)
+        broken = {name: tensor.clone() for name, tensor in right.items()}
         broken["model.norm.weight"][3] = float("nan")
-        await world.publish(broken)
+        await world.publish(broken, canary_of=right)
         await eventually(lambda: context.version == 1)
         for name in ("a", "b", "c"):
             body = await world.answer(make_request(name))
@@ -310,6 +312,92 @@ async def test_a_device_copy_that_differs_from_its_source_is_not_used(world: Wor
         await world.publish_seed(2)
         await eventually(lambda: context.health.ready)
         assert context.version == 2
+
+
+async def test_who_waits_for_a_version_gets_nothing_from_a_wrong_device_copy_of_it(
+    world: World,
+) -> None:
+    class Corrupting(TorchEngine):
+        async def update(self, version, state, changed) -> None:  # type: ignore[no-untyped-def]
+            await super().update(version, state, changed)
+            if version == 1:
+                self._weights.layers[0].down.view(-1)[5] += 1e-3
+
+    def make(config: RolloutConfig) -> TorchEngine:
+        return Corrupting(Path(config.model.source), dtype="float32", context_tokens=96)
+
+    async with world.pod(make=make, behind_wait_s=0.5) as context:
+        await world.ask(make_request("waiting", min_version=1))
+        await eventually(lambda: world.kinds("waiting"))
+        await world.publish_seed(1)
+        body = await world.final("waiting")
+        assert (body.kind, body.version) == ("behind", -1)
+        assert "device copy" in context.health.reason
+        assert context.version == -1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+async def test_a_version_that_does_not_reproduce_its_canary_is_withheld(
+    world: World, dtype: str
+) -> None:
+    """Digests agree all along: the bytes are right, and what the engine makes of them is not."""
+    async with world.pod(dtype=dtype, heartbeat_s=0.01) as context:
+        assert context.version == 0
+        other = make_state(7, tied=False, dtype=torch.float32)
+        await world.publish(make_state(1, tied=False, dtype=torch.float32), canary_of=other)
+        await eventually(lambda: "canary" in context.health.reason)
+        assert context.version == -1
+        assert (await world.answer(make_request())).kind == "refused"
+        await world.publish_seed(2)
+        await eventually(lambda: context.health.ready)
+        assert context.version == 2
+        # Version 1 once more by an engine built afresh: it is the version, not the engine.
+        await eventually(lambda: context.counters.get("canary_checks", 0) >= 4)
+        assert context.counters["canary_failures"] == 2
+
+
+async def test_a_derived_tensor_that_no_digest_covers_is_caught_by_the_canary(world: World) -> None:
+    class Stale(TorchEngine):
+        """Forgets once to derive what the forward reads from the published norms."""
+
+        async def update(self, version, state, changed) -> None:  # type: ignore[no-untyped-def]
+            before = [layer.qk_norm.clone() for layer in self._weights.layers]
+            await super().update(version, state, changed)
+            if version == 1:
+                for layer, old in zip(self._weights.layers, before, strict=True):
+                    layer.qk_norm.copy_(old)
+
+    def make(config: RolloutConfig) -> TorchEngine:
+        return Stale(Path(config.model.source), dtype="float32", context_tokens=96)
+
+    async with world.pod(make=make) as context:
+        await world.publish_seed(1)
+        await eventually(lambda: "canary is off" in context.health.reason)
+        await world.publish_seed(2)
+        await eventually(lambda: context.health.ready)
+
+
+async def test_a_rollout_in_a_lower_dtype_is_not_held_to_a_floor_it_cannot_reach(
+    world: World,
+) -> None:
+    async with world.pod(dtype="bfloat16", heartbeat_s=0.01) as context:
+        await world.publish_seed(1)
+        await eventually(lambda: context.version == 1)
+        assert context.health.ready
+        await eventually(lambda: context.counters.get("swaps", 0) == 2)
+        assert "canary_checks" not in context.counters
+
+
+async def test_an_engine_that_cannot_score_is_checked_by_digests_alone(world: World) -> None:
+    class Mute(TorchEngine):
+        score = None  # type: ignore[assignment]
+
+    def make(config: RolloutConfig) -> TorchEngine:
+        return Mute(Path(config.model.source), dtype="float32", context_tokens=96)
+
+    async with world.pod(make=make) as context:
+        assert context.version == 0
+        assert (await world.answer(make_request())).kind == "done"
 
 
 async def test_weights_of_another_model_end_the_service_with_both_sides_named(

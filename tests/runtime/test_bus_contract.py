@@ -10,6 +10,7 @@ import pytest
 
 from shared.runtime.bus import Bus, CoreMessage, Record
 from shared.runtime.errors import BusUnavailable, Conflict, PayloadTooLarge
+from shared.wire.codec import content_digest
 from shared.wire.subjects import StreamName
 
 
@@ -410,6 +411,15 @@ async def test_the_same_large_payload_is_kept_once(bus):
     for name in ("a", "b"):
         await bus.append(bus.subjects.terminal(name), payload)
     assert (await bus.stream_state("blobs")).num_messages == 2
+
+
+async def test_who_points_at_a_blob_is_told_without_fetching_it(bus):
+    payload = bytes(bus.max_payload)
+    large = await bus.append(bus.subjects.terminal("large"), payload)
+    small = await bus.append(bus.subjects.terminal("small"), b"x")
+    assert await bus.blob_of("terminals", large) == content_digest(payload)
+    assert await bus.blob_of("terminals", small) is None
+    assert await bus.blob_of("terminals", small + 1) is None
 
 
 async def test_a_large_job_reaches_the_worker_whole(bus):

@@ -180,7 +180,7 @@ async def test_a_chunk_with_other_bytes_than_its_digest_says_is_never_handed_out
     subjects = Subjects("x")
     kept: dict[str, bytes] = {}
 
-    async def append(subject: str, chunk: bytes) -> int:
+    async def append(subject: str, chunk: bytes, msg_id: str) -> int:
         kept[subject] = chunk
         return len(kept)
 

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from shared.algo.batching import PackedBatch
-from shared.weights.canary import backend_scorer, canary_tokens, check_canary, make_canary
+from shared.weights.canary import (
+    backend_scorer,
+    canary_tokens,
+    check_canary,
+    make_canary,
+    proves_something,
+)
+from shared.wire.base import Array
+from shared.wire.weights import Canary
 
 
 class _Bigram:
@@ -82,3 +90,39 @@ def test_float64_models_are_held_to_a_float64_floor(table) -> None:
     assert not check_canary(
         canary, backend_scorer(_Bigram(double.float().double() + 1e-7 * double))
     ).ok
+
+
+@pytest.mark.parametrize(
+    ("published", "scored", "does"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.float32, torch.float64, True),
+        (torch.float64, torch.float64, True),
+        (torch.float64, torch.float32, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float32, torch.float8_e4m3fn, False),
+    ],
+)
+def test_a_floor_proves_something_to_a_forward_that_is_as_exact_and_wider_than_16_bits(
+    table, published: torch.dtype, scored: torch.dtype, does: bool
+) -> None:
+    tokens = canary_tokens(11, 16, 0)
+    canary = make_canary(backend_scorer(_Bigram(table.double())), tokens, published)
+    assert proves_something(canary, scored) is does
+
+
+def test_a_canary_without_sequences_is_met_by_everybody() -> None:
+    canary = Canary(
+        token_ids=Array.of(np.zeros((0, 2)), "i4"),
+        logprobs=Array.of(np.zeros((0, 1)), "f4"),
+        tolerance=0.0,
+    )
+    assert check_canary(canary, lambda ids: []).ok
+
+
+def test_scores_of_another_shape_are_no_scores(table) -> None:
+    tokens = canary_tokens(11, 16, 0)
+    canary = make_canary(backend_scorer(_Bigram(table)), tokens, torch.float32)
+    assert not check_canary(canary, lambda ids: [np.zeros(16)] * 3).ok

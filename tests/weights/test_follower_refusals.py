@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from shared.wire.versioning import WIRE_VERSION
 from shared.wire.weights import Manifest
 
 
-async def test_a_delta_for_another_base_is_not_applied(run_of, following, faults) -> None:
+async def test_a_delta_for_another_base_is_refused_with_both_digests_named(
+    run_of, following, faults, caplog
+) -> None:
     p = await run_of(2)
     # Version 2 names the bytes of version 1's delta: intact, but for another base.
     stale = p.manifests[1].delta
@@ -19,6 +23,9 @@ async def test_a_delta_for_another_base_is_not_applied(run_of, following, faults
         with faults.tamper(lambda m: m.model_copy(update={"delta": stale})):
             await p.more(1)
         await f.until(lambda: f.follower.resyncs > 0)
+        (reason,) = {str(r.__dict__) for r in caplog.records if r.message == "weights_resync"}
+        assert p.manifests[0].digest in reason  # the base that it was made for
+        assert p.manifests[1].digest in reason  # what is held
         assert f.heads == [1]
         assert await f.sha256(1) == p.manifests[1].sha256
         await p.more(2)
@@ -124,7 +131,11 @@ async def test_a_manifest_of_a_future_format_is_refused_until_it_can_be_read(
         await f.until(lambda: bool(f.follower.refused))
         (reason,) = f.follower.refused.values()
         assert "upgrade" in reason
+        assert f"wire {WIRE_VERSION[0] + 1}.0 cannot be read by {WIRE_VERSION[0]}." in reason
         assert f.heads == [1]
+        assert await f.sha256(1) == p.manifests[1].sha256
+        await asyncio.sleep(0.2)  # looked at again several times, counted once
+        assert f.follower.resyncs == 1
         with pytest.raises(TimeoutError):
             await f.follower.ensure(2, 0.1)
         monkeypatch.setattr(versioning, "WIRE_VERSION", (WIRE_VERSION[0] + 1, 0))

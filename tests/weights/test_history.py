@@ -42,6 +42,34 @@ async def test_a_chain_of_200_versions_is_exact_forward_backward_and_in_any_orde
     assert history.faults == 0
 
 
+@settings(deadline=None, max_examples=6)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    codes=st.lists(
+        st.sampled_from(["BF16", "F32", "F16", "F64", "F8_E5M2"]), min_size=2, max_size=4
+    ),
+    has_sha256=st.booleans(),
+    spool_bytes=st.sampled_from([0, 5000, 1 << 30]),
+    visits=st.lists(st.integers(0, 199), min_size=1, max_size=6),
+)
+def test_any_chain_of_200_versions_is_exact_there_and_back(
+    seed, codes, has_sha256, spool_bytes, visits
+) -> None:
+    shapes = {f"t{i}": (code, (11, i + 1)) for i, code in enumerate(codes)}
+    chain = Chain(200, seed=seed, share=None, has_sha256=has_sha256, shapes=shapes)
+
+    async def walk() -> None:
+        history = await chain.history(200, spool_bytes=spool_bytes)
+        for version in (*reversed(range(200)), *range(200), *visits):
+            async with history.at(version) as state:
+                assert bits_of(state) == chain.bits[version]
+        assert history.faults == 0
+        history.clear()
+        assert chain.open_spools == 0
+
+    asyncio.run(walk())
+
+
 _steps = st.lists(
     st.tuples(
         st.sampled_from(

@@ -108,6 +108,35 @@ def test_a_wrong_old_element_shows_in_what_the_digest_gained() -> None:
         check_digests(ranks.apply(patches), gain_of(old, new))
 
 
+@pytest.mark.parametrize("fault", ["lost", "wrong order", "doubled", "taken back twice"])
+def test_a_patch_lost_or_applied_out_of_turn_shows_in_the_device_copy(fault: str) -> None:
+    """Steps add up in any order: what tells is the digest after each patch."""
+    states = [make_state(DENSE, EngineChoices())]
+    for seed in (1, 2):
+        states.append(next_state(states[-1], seed))
+    ranks = Ranks(states[0], 2)
+    patches = [ranks.resolve(encode(*states[i : i + 2])) for i in range(2)]
+    if fault in ("lost", "wrong order"):
+        ranks.apply(patches[1])
+        with pytest.raises(Corrupt, match="device copy"):
+            check_digests(ranks.digests(), published(states[2]))
+        ranks.apply(patches[0])  # late, but nothing is missing now
+    else:
+        ranks.apply(patches[0])
+        check_digests(ranks.digests(), published(states[1]))
+        back = fault == "taken back twice"
+        ranks.apply(patches[0], reverse=back)
+        if back:
+            ranks.apply(patches[0], reverse=True)
+        with pytest.raises(Corrupt, match="device copy"):
+            check_digests(ranks.digests(), published(states[0 if back else 1]))
+        for _ in range(2 if back else 1):
+            ranks.apply(patches[0], reverse=not back)
+        ranks.apply(patches[1])
+    check_digests(ranks.digests(), published(states[2]))
+    assert ranks.hold(states[2])
+
+
 def test_the_digest_on_the_device_is_the_digest_of_the_host() -> None:
     rng = np.random.default_rng(0)
     positions = rng.integers(0, 2**40, 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import uuid
@@ -9,6 +10,7 @@ import uuid
 import pytest
 
 from shared.runtime.errors import BusUnavailable, StreamFull
+from shared.weights import publisher
 from shared.weights.artefact_writer import ArtefactWriter
 from shared.weights.chunks import download, upload
 from shared.weights.keyframe_store import KeyframeStore
@@ -184,3 +186,65 @@ async def test_a_keyframe_that_does_not_fit_leaves_no_chunks_behind(new_bus, mak
         await ArtefactWriter(bus, None, 200).keyframe("ab" * 16, make_state(0))
     assert len(stored) == 3
     assert await bus.subjects_of("chunks", f"{bus.subjects.prefix}.chunk.*.*") == []
+
+
+async def test_what_a_bus_that_went_away_holds_of_an_upload_is_left_to_the_sweep(
+    new_bus, make_state
+) -> None:
+    bus = new_bus()
+    gone = BusUnavailable("no bus for 60 s")
+    append, stored = bus.append, []
+
+    async def go_away(subject: str, payload: bytes, **options: object) -> int:
+        if ".chunk." in subject and len(stored) >= 3:
+            raise gone
+        stored.append(subject)
+        return await append(subject, payload, **options)
+
+    async def never(*args: object, **options: object) -> None:
+        pytest.fail("waited for a bus that is away")
+
+    bus.append = go_away
+    bus.stream_state = bus.purge = never
+    with pytest.raises(BusUnavailable) as caught:
+        await ArtefactWriter(bus, None, 200).keyframe("ab" * 16, make_state(0))
+    assert caught.value is gone
+    assert len(await bus.subjects_of("chunks", f"{bus.subjects.prefix}.chunk.*.*")) == 3
+
+
+async def test_an_upload_that_lands_while_the_log_is_read_is_spared(
+    run_of, new_bus, server, monkeypatch
+) -> None:
+    """The sweep reads the log, then judges: what was named in between is in neither list."""
+    p = await run_of(2)
+    real = publisher.read_named_uploads
+
+    async def while_publishing(bus):
+        named = await real(bus)
+        await release()
+        return named
+
+    async def release() -> None:
+        gate.set()
+        await uploading
+
+    gate = asyncio.Event()
+    append = type(p.publisher._bus).append
+
+    async def hold_manifest(self, subject, payload, **options):
+        if ".chunk." in subject:
+            started.set()
+            await gate.wait()
+        return await append(self, subject, payload, **options)
+
+    started = asyncio.Event()
+    monkeypatch.setattr(type(p.publisher._bus), "append", hold_manifest)
+    monkeypatch.setattr(publisher, "read_named_uploads", while_publishing)
+    uploading = asyncio.create_task(p.publisher.publish_keyframe(reason="wanted"))
+    await started.wait()
+    await p.publisher.sweep_orphans(min_age_s=-60.0)
+    keyframe = uploading.result()
+    chunks = await new_bus().subjects_of(
+        "chunks", f"{new_bus().subjects.prefix}.chunk.{keyframe.artefact.upload_id}.*"
+    )
+    assert len(chunks) == keyframe.artefact.num_chunks

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from shared.weights import stored_version
-from shared.weights.digests import sha256_of, specs, version_digest
+from shared.weights.digests import sha256_of, specs, verify_same, version_digest
 from shared.weights.errors import WrongBase
 from shared.weights.manifest_log import read_log
-from shared.weights.publisher import verify_same
 
 
 async def test_versions_count_from_zero_and_keyframes_are_announced_after_them(

@@ -75,6 +75,11 @@ class OldLogprobRoute(Protocol):
     proxy: Proxy | None
     """Computed by the loss from ℓ^inf and ℓ instead of what `at_step` returns."""
 
+    @property
+    def keyframe_wanted(self) -> bool:
+        """Whether it follows the published versions itself and has no way left to one of them."""
+        ...
+
     async def start(self) -> None:
         """Begin, after the learner knows which version it stands at."""
         ...
@@ -116,6 +121,10 @@ class RouteBase:
 
     def __init__(self, context: RouteContext) -> None:
         self._context = context
+
+    @property
+    def keyframe_wanted(self) -> bool:
+        return False
 
     async def start(self) -> None:
         return

@@ -65,6 +65,10 @@ class SnapshotOld(RouteBase):
         self._gone: set[int] = set()
         """Versions asked for in vain for the whole bound: not waited for a second time."""
 
+    @property
+    def keyframe_wanted(self) -> bool:
+        return self._follower.keyframe_wanted
+
     async def start(self) -> None:
         self._scorer = await asyncio.to_thread(self._context.make_scorer)
         self._following = asyncio.create_task(
