@@ -97,6 +97,7 @@ def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult | None) ->
         "staleness_max": ledger.staleness_max,
         "staleness_mean": ledger.staleness_mean,
         "staleness_bound": int(records.setting("admission.max_staleness", 4)),
+        "old_logprobs_routes": list(dict.fromkeys(ledger.routes.values())),
         "old_logits_exact_ratio": ledger.exact_ratio,
         "audited_tokens": audit.audited_tokens if audit else 0,
         "audit_mismatches": audit.mismatches if audit else None,

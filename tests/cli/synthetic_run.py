@@ -19,6 +19,7 @@ import yaml
 
 from shared.cli.archive import ArchiveWriter, Record, archive_dir, safetensors_bytes
 from shared.cli.reference_forward import Query, ReferenceConfig, ReferencePolicy, StoredTensor
+from shared.runtime.sections import EXACT_ROUTES
 from shared.wire.base import Array
 from shared.wire.codec import content_digest, encode
 from shared.wire.journal import (
@@ -66,6 +67,8 @@ class Spec:
     unfinished: int = 2
     drift: float = 0.01
     seed: int = 0
+    route: str = "oracle"
+    """`snapshot_old` stores scores that no batch points at, an approximate route none."""
 
 
 CONFIG: dict[str, Any] = {
@@ -141,7 +144,12 @@ def build(spec: Spec | None = None) -> SyntheticRun:
         weights = {
             n: (w + rng.normal(0, spec.drift, w.shape)).astype("f4") for n, w in weights.items()
         }
-    run.journal.append(RunStarted(incarnation="i1", seed=spec.seed, model_digest="d0"))
+    run.journal.append(
+        RunStarted(
+            incarnation="i1", seed=spec.seed, model_digest="d0",
+            config={"old_logprobs": {"route": spec.route}},
+        )
+    )  # fmt: skip
     _evaluate(run, "base", 0, rng)
     for version in range(spec.versions):
         _train(run, version, rng)
@@ -149,6 +157,8 @@ def build(spec: Spec | None = None) -> SyntheticRun:
     _evaluate(run, "final", spec.versions, rng)
     _score_all(run, rng)
     _journal_batches(run)
+    if spec.route not in EXACT_ROUTES:
+        run.scores.clear()
     unfinished = [b for b in run.journal if isinstance(b, Issued)][-2].tickets
     names = tuple(t.ticket_id for t in unfinished) if spec.unfinished else ()
     run.journal.append(RunFinished(version=spec.versions, unfinished=names))
@@ -348,8 +358,8 @@ def _trained_group(run: SyntheticRun, seqs: list[int], score_of: dict[str, int])
         members=tuple(
             Member(
                 ticket_id=t.ticket_id, terminal_seq=seq, terminal_digest=run.digest(seq),
-                score_seq=score_of[t.ticket_id], reward=t.outcome.reward,
-                advantage=t.outcome.reward - mean,
+                score_seq=score_of[t.ticket_id] if run.spec.route == "oracle" else 0,
+                reward=t.outcome.reward, advantage=t.outcome.reward - mean,
             )
             for seq, t in played
         ),
