@@ -107,6 +107,7 @@ def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult | None) ->
         "audit_control_ratio": audit.control_ratio if audit else None,
         "audit_sampler_mismatches": audit.sampler_mismatches if audit else None,
         "audit_sampler_ratio": audit.sampler_ratio if audit else None,
+        "audit_stamp_tokens": audit.stamp_tokens if audit else 0,
         **{f"trajectories_{name}": count for name, count in asdict(ledger.training).items()},
         "evaluation": asdict(ledger.evaluation),
         "restarts": num_restarts(records.facts),
