@@ -147,8 +147,10 @@ def k3_curves(found: ByAge) -> str:
     with figure(HALF + 0.6, 3.3) as sheet:
         axis = sheet.axes[0]
         for name, values in found.k3.items():
+            if not (values > 0).any():
+                continue  # D = 1 by definition: nothing to draw on this scale
             axis.plot(
-                found.ages, values, "o-", color=_colour(name, found), linewidth=2, markersize=5,
+                found.ages, np.where(values > 0, values, np.nan), "o-", color=_colour(name, found), linewidth=2, markersize=5,
                 label="exact old logits" if name == found.reference else name,
             )  # fmt: skip
         positive = np.concatenate(list(found.k3.values()))
