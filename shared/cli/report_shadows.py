@@ -150,7 +150,8 @@ def k3_curves(found: ByAge) -> str:
             if not (values > 0).any():
                 continue  # D = 1 by definition: nothing to draw on this scale
             axis.plot(
-                found.ages, np.where(values > 0, values, np.nan), "o-", color=_colour(name, found), linewidth=2, markersize=5,
+                found.ages, np.where(values > 0, values, np.nan), "o-",
+                color=_colour(name, found), linewidth=2, markersize=5,
                 label="exact old logits" if name == found.reference else name,
             )  # fmt: skip
         positive = np.concatenate(list(found.k3.values()))
