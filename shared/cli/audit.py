@@ -84,7 +84,8 @@ class AuditResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {**asdict(self), "problems": list(self.problems), "ok": self.ok}
+        lists = {"problems": list(self.problems), "routes": list(self.routes)}
+        return {**asdict(self), **lists, "ok": self.ok}
 
     @classmethod
     def of_dict(cls, data: Mapping[str, Any]) -> AuditResult:
