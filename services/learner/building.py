@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import cast
@@ -9,9 +10,14 @@ from typing import cast
 import torch
 
 from services.learner.config import LearnerConfig
+from services.learner.positions import Positions
 from services.learner.reference import Reference
 from services.learner.routes.base import OldLogprobRoute, RouteContext
 from services.learner.routes.registry import ROUTES
+from services.learner.routes.stored import StoredScores
+from services.learner.score_store import ScoreStore
+from services.learner.shadows import Shadows
+from services.learner.step_inputs import StepInputs
 from services.learner.task_source import TaskSource
 from shared.backends.adamw import AdamWSettings
 from shared.backends.torch_backend import TorchBackend
@@ -51,31 +57,66 @@ def load_task_source(config: LearnerConfig) -> TaskSource:
     return cast("TaskSource", cls(config.task, config.run.seed))
 
 
-def make_route(context: Context, config: LearnerConfig, backend: TorchBackend) -> OldLogprobRoute:
-    """Build the configured old-logit route around the weights being trained.
+def make_inputs(
+    context: Context, config: LearnerConfig, backend: TorchBackend, positions: Positions
+) -> StepInputs:
+    """Build the configured old-logit route, its shadows and the reference model.
 
     Raises:
         ConfigError: no such route.
     """
-    name = config.old_logprobs.route
-    if name not in ROUTES:
-        raise ConfigError(f"old_logprobs.route: {name!r} is none of {', '.join(ROUTES)}")
-    return ROUTES[name](
-        RouteContext(
-            backend=backend,
-            make_scorer=lambda: load_backend(config),
-            bus=context.bus,
-            log=context.log,
-            weights=config.weights,
-            section=config.old_logprobs,
-            temperature=config.sampling.temperature,
-            pack_tokens=config.learner.optimizer.micro_batch_tokens,
-            max_staleness=config.admission.max_staleness,
-        )
+    section = config.old_logprobs
+    return StepInputs(
+        _make_route(section.route, _route_context(context, config, backend)),
+        make_shadows(context, config, backend),
+        _make_reference(config),
+        ScoreStore(context, backend, section.layout),
+        positions,
     )
 
 
-def make_reference(config: LearnerConfig) -> Reference | None:
+def make_shadows(context: Context, config: LearnerConfig, backend: TorchBackend) -> Shadows:
+    """Build the routes that look on, each with its defaults and bounds of its own."""
+    own = {
+        "ewma": None,
+        "fallback": "",
+        "version_timeout_s": config.old_logprobs.shadow_timeout_s,
+    }
+    routes: list[OldLogprobRoute] = []
+    for name in config.old_logprobs.shadow:
+        section = config.old_logprobs.model_copy(update={**own, "route": name})
+        at = replace(_route_context(context, config, backend), section=section)
+        routes.append(StoredScores(at) if name == "oracle" else _make_route(name, at))
+    return Shadows(
+        context,
+        routes,
+        seed=config.run.seed,
+        share=config.old_logprobs.shadow_share,
+        every=config.learner.shadow_every,
+    )
+
+
+def _make_route(name: str, context: RouteContext) -> OldLogprobRoute:
+    if name not in ROUTES:
+        raise ConfigError(f"old_logprobs.route: {name!r} is none of {', '.join(ROUTES)}")
+    return ROUTES[name](context)
+
+
+def _route_context(context: Context, config: LearnerConfig, backend: TorchBackend) -> RouteContext:
+    return RouteContext(
+        backend=backend,
+        make_scorer=lambda: load_backend(config),
+        bus=context.bus,
+        log=context.log,
+        weights=config.weights,
+        section=config.old_logprobs,
+        temperature=config.sampling.temperature,
+        pack_tokens=config.learner.optimizer.micro_batch_tokens,
+        max_staleness=config.admission.max_staleness,
+    )
+
+
+def _make_reference(config: LearnerConfig) -> Reference | None:
     """Return the reference model of the KL term, None where it is off."""
     if not config.learner.algo.kl.coefficient:
         return None

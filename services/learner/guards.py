@@ -24,7 +24,6 @@ from shared.algo.objective_specs import Opsm, Ppo
 if TYPE_CHECKING:
     from services.learner.config import LearnerConfig
 
-EXACT_ROUTES = frozenset({"oracle", "snapshot_old", "interrupt"})
 _PROXY_ROUTES = {"interp_prox_loglinear": "loglinear", "interp_prox_linear": "linear"}
 _CORRECTIONS, _ROUTE = "learner.algo.corrections", "old_logprobs.route"
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from services.learner.routes.forwards import Logprobs
 from services.learner.staging import Scored
 from shared.algo.batching import PackedBatch, pack
 from shared.algo.shadow import COMPARED, given_key
@@ -46,7 +47,7 @@ class Item:
     shadows: Mapping[str, npt.NDArray[np.floating]] = field(
         default_factory=dict[str, npt.NDArray[np.floating]]
     )
-    """What further routes say of it, where `compared`; zeros elsewhere."""
+    """What further routes say of it; NaN where they say nothing."""
     compared: bool = True
     """Whether its trajectory is in the sample that shadows look at."""
 
@@ -61,10 +62,11 @@ class ShadowInputs:
 
     compared: Collection[str]
     """Tickets of the sampled trajectories."""
-    by_route: Mapping[str, Mapping[str, tuple[SequenceScore, ...]]] = field(
-        default_factory=dict[str, Mapping[str, tuple[SequenceScore, ...]]]
+    by_route: Mapping[str, Mapping[str, Logprobs]] = field(
+        default_factory=dict[str, Mapping[str, Logprobs]]
     )
-    """Of routes with forwards of their own: by ticket, the sampled ones only."""
+    """Of routes with numbers of their own: one array [T] per sequence, by ticket, of the sampled
+    ones that it has an answer for. NaN where it has none for a token."""
 
 
 @dataclass(frozen=True)
@@ -202,14 +204,14 @@ def _by_turn(item: Item, sequence: TokenSequence, values: list[float | None]) ->
 
 
 def _shadowed(item: Item, shadows: ShadowInputs, ticket_id: str, sequence: int) -> Item:
-    compared = ticket_id in shadows.compared
+    nothing = np.full_like(item.old_logprobs, np.nan)
     return replace(
         item,
-        compared=compared,
+        compared=ticket_id in shadows.compared,
         shadows={
-            route: by_ticket[ticket_id][sequence].old_logprobs.numpy()
-            if compared
-            else np.zeros_like(item.old_logprobs)
+            route: by_ticket[ticket_id][sequence].astype(nothing.dtype, copy=False)
+            if ticket_id in by_ticket
+            else nothing
             for route, by_ticket in shadows.by_route.items()
         },
     )

@@ -20,14 +20,12 @@ from services.learner.decision import decide_batch
 from services.learner.desk import Desk
 from services.learner.evaluation import EvaluationRound
 from services.learner.fencing import FenceReport, Fencing
-from services.learner.items import build_items
 from services.learner.journal import evaluation_group
 from services.learner.journal_log import JournalLog
 from services.learner.positions import Positions
 from services.learner.publication import Publication
-from services.learner.reference import Reference
-from services.learner.routes.base import OldLogprobRoute
 from services.learner.staging import CompleteGroup, Scored
+from services.learner.step_inputs import StepInputs
 from services.learner.step_report import headline, step_report
 from services.learner.step_telemetry import StepTelemetry
 from services.learner.takeover import (
@@ -59,9 +57,8 @@ class Learner:
         desk: Desk,
         journal: JournalLog,
         publication: Publication,
-        route: OldLogprobRoute,
+        inputs: StepInputs,
         positions: Positions,
-        reference: Reference | None = None,
         fencing: Fencing | None = None,
     ) -> None:
         self._context = context
@@ -70,9 +67,8 @@ class Learner:
         self._desk = desk
         self._journal = journal
         self._publication = publication
-        self._route = route
+        self._inputs = inputs
         self._positions = positions
-        self._reference = reference
         self._fencing = fencing
         self._fence_report: FenceReport | None = None
         """Of the step under way."""
@@ -84,11 +80,12 @@ class Learner:
             config.learner,
             temperature=config.sampling.temperature,
             num_ages=config.admission.max_staleness + 1,
-            proxy=route.proxy,
+            proxy=inputs.route.proxy,
+            shadows=inputs.shadows.losses(config.learner.algo.settings(), inputs.route),
         )
         self._credit = make_credit(config.learner.algo)
         self._telemetry = StepTelemetry(context, config)
-        self._recovery = Recovery(context, desk, journal, with_scores=route.waits_for_scores)
+        self._recovery = Recovery(context, desk, journal, with_scores=inputs.route.waits_for_scores)
         self._previous: dict[str, torch.Tensor] = {}
         """The head's tensors right after a restart: base of the first delta."""
         self._wait_s = 0.0
@@ -133,7 +130,7 @@ class Learner:
         self.version = checkpoint.version if checkpoint else 0
         self.optimizer_steps = checkpoint.optimizer_steps if checkpoint else 0
         if checkpoint is not None:
-            await asyncio.to_thread(self._route.load, checkpoint.path)
+            await asyncio.to_thread(self._inputs.load, checkpoint.path)
         await self._journal.write(
             RunStarted(
                 incarnation=self._context.incarnation,
@@ -151,7 +148,7 @@ class Learner:
             "run_taken_over", journal_entries=num_entries, from_version=self.version
         )
         await self._commit(self.version)
-        await self._route.start()
+        await self._inputs.start()
         while (batch := state.batches.get(self.version)) is not None:
             self._previous = {n: t.clone() for n, t in self._backend.state().items()}
             await self._execute(batch, await self._recovery.members(batch), replay=True)
@@ -258,16 +255,20 @@ class Learner:
         """Perform a journalled batch; on replay nothing is decided again."""
         started_at = time.time()
         with self._context.busy():
-            scored = list(members.values())
-            old = await self._route.at_step(scored, batch.version)
-            reference = await self._reference.logprobs(scored) if self._reference else None
-            items = build_items(batch, members, old.by_ticket, reference)
-            outcome = await asyncio.to_thread(
-                self._trainer.step, items, version=batch.version, seed=batch.seed
+            prepared = await self._inputs.prepare(
+                batch, members, reported=batch.version < self._reported
             )
+            outcome = await asyncio.to_thread(
+                self._trainer.step,
+                prepared.items,
+                version=batch.version,
+                seed=batch.seed,
+                compare=prepared.compare,
+            )
+        old = prepared.old
         self.optimizer_steps += outcome.optimizer_steps
-        await self._route.stepped(batch.version + 1, outcome.scalars)
-        self._telemetry.judge(batch.version, outcome, scored, old.fallback_tokens)
+        await self._inputs.stepped(batch.version + 1, outcome)
+        self._telemetry.judge(batch.version, outcome, prepared.members, old.fallback_tokens)
         trained_at = time.time()
         published = await self._commit(batch.version + 1)
         self.version = batch.version + 1
@@ -277,16 +278,11 @@ class Learner:
             self._desk.changed.set()
             if self._fencing is not None:
                 await self._fencing.published()
+        await self._inputs.store(prepared)
         if self.version > self._reported:
             self._context.count("old_logprobs_s", old.cost.seconds)
             self._context.count("fallback_tokens", old.fallback_tokens)
-            outcome.scalars.update(
-                old_logprobs_s=old.cost.seconds,
-                old_logprobs_forward_tokens=float(old.cost.forward_tokens),
-                old_logprobs_held_bytes=float(old.cost.held_bytes),
-                fallback_tokens=float(old.fallback_tokens),
-                **old.health,
-            )
+            outcome.scalars.update(self._inputs.scalars(old))
             outcome.scalars.update(self._fence_report.scalars() if self._fence_report else {})
             self._telemetry.show(outcome)
             report = self._report(batch, members, outcome, published, (started_at, trained_at))
@@ -319,7 +315,7 @@ class Learner:
         await asyncio.to_thread(
             partial(
                 self._store.save,
-                (self._backend, self._route),
+                (self._backend, self._inputs),
                 version=self.version,
                 digest=state_digest(self._backend),
                 optimizer_steps=self.optimizer_steps,

@@ -17,8 +17,7 @@ from typing import Literal
 from services.learner.building import (
     load_backend,
     load_task_source,
-    make_reference,
-    make_route,
+    make_inputs,
 )
 from services.learner.completing import Completer
 from services.learner.config import LearnerConfig
@@ -76,7 +75,9 @@ class _Shell:
         self._config = config
         self._bus = context.bus
         self._source = source
-        self._route = make_route(context, config, backend)
+        self._positions = Positions(context.bus)
+        self._inputs = make_inputs(context, config, backend, self._positions)
+        self._route = self._inputs.route
         self._board = LeaseBoard(context.bus, config.telemetry.lease_expiry_s)
         self._journal = JournalLog(context.bus)
         self._publisher = make_publisher(
@@ -89,7 +90,6 @@ class _Shell:
         self._desk = Desk(
             context, config, self._journal, source, needs_scores=self._route.waits_for_scores
         )
-        self._positions = Positions(context.bus)
         self._fencing = self._make_fencing(backend) if self._route.needs_fence else None
         self._keyframing = Keyframing(
             context,
@@ -113,9 +113,8 @@ class _Shell:
                 vocab_size=backend.vocab_size,
                 context_tokens=config.sampling.context_tokens,
             ),
-            self._route,
+            self._inputs,
             self._positions,
-            make_reference(config),
             self._fencing,
         )
         self._phase: Literal["running", "draining", "done"] = "running"
@@ -148,7 +147,7 @@ class _Shell:
         try:
             await self._run()
         finally:
-            await self._route.close()
+            await self._inputs.close()
 
     async def _run(self) -> None:
         await self._learner.take_over()
@@ -180,6 +179,8 @@ class _Shell:
     @property
     def _reads_scores(self) -> bool:
         """Whether others store them; those of a fence are on the desk when they are stored."""
+        if self._inputs.shadows.reads_scores:
+            return True
         return self._route.waits_for_scores and self._fencing is None
 
     async def _read_terminals(self) -> None:
@@ -218,7 +219,10 @@ class _Shell:
                 await self._wait_for_upgrade(error)
                 continue
             with self._context.busy():
-                if message is None:
+                if not self._route.waits_for_scores:
+                    if message is not None:
+                        self._inputs.shadows.take_score(score_event(message, record.seq))
+                elif message is None:
                     self._desk.score_lost(record.subject.rpartition(".")[2], "unreadable")
                 else:
                     self._desk.score(score_event(message, record.seq))
@@ -257,6 +261,7 @@ class _Shell:
             await self._fail_overdue(now)
             await self._put_control()
             await self._purging.purge(self._low_water_mark(), self._learner.floors)
+            self._inputs.shadows.forget(self._journal.state.open_tickets)
             self._gauges()
 
     def _give_up_scores(self, elapsed_s: float) -> None:
@@ -299,7 +304,8 @@ class _Shell:
 
     def _replayed_versions(self) -> list[int]:
         """Return the oldest versions that a restart from each checkpoint may have to score."""
-        back = 0 if self._route.waits_for_scores else self._config.admission.max_staleness
+        needed = self._inputs.shadows.needs_history or not self._route.waits_for_scores
+        back = self._config.admission.max_staleness if needed else 0
         return [max(0, version - back) for version in self._learner.retained_versions]
 
     async def _put_control(self) -> None:

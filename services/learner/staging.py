@@ -154,7 +154,9 @@ class Staging:
 
     @property
     def unscored_tickets(self) -> tuple[str, ...]:
-        """Tickets whose trajectory waits for its score."""
+        """Tickets whose trajectory waits for its score; none where no score is needed."""
+        if not self.needs_scores:
+            return ()
         return tuple(
             ticket
             for ticket, terminal in self._terminals.items()

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from services.learner.config import LearnerConfig
-from services.learner.guards import EXACT_ROUTES, clips, corrects
+from services.learner.guards import clips, corrects
 from services.learner.trainer import StepOutcome
+from shared.runtime.sections import EXACT_ROUTES
 
 GUARDS: Mapping[str, str] = {
     "degenerate_objective": "S = 1 on tokens of older versions in the first minibatch: what stands "
@@ -132,7 +133,7 @@ class StepGuards:
         same = self._same_log(facts.outcome.scalars)
         youngest = facts.version - self._left
         p99_A = arrays["age_s_abs_log_p99"][youngest:]
-        aged_A = arrays["age_shadow_tokens"][youngest:] > 0
+        aged_A = arrays["age_tokens"][youngest:] > 0
         if same is None or not aged_A.any():
             return None
         return bool((p99_A[aged_A] <= same).all())

@@ -54,7 +54,7 @@ def step_report(
         **further,
     }
     arrays = {
-        name: Array.of(values, "f4" if name == "scatter" else "f8")
+        name: Array.of(values, "f4" if name.endswith("scatter") else "f8")
         for name, values in outcome.arrays.items()
     }
     arrays["dispatched_lengths"] = Array.of(dispatched_lengths, "i4")

@@ -30,6 +30,11 @@ CUTS = (
     "dppo_high",
 )  # fmt: skip
 """Where a trust region stops the gradient; of the survivors."""
+SHADOW_SCALARS = (
+    "error_mean", "error_p99", "error_bias", "wrongly_rejected", "wrongly_kept", "wrongly_cut",
+    "wrongly_uncut", "wrong_any", "d_k3", "s_k3", "clipped_on_arrival", "unanswered",
+)  # fmt: skip
+"""Exported as `lagwise_learner_shadow_<name>{route}`; errors in nats."""
 SCALARS = (
     "loss", "grad_norm", "lr", "entropy_mean", "clipped_on_arrival", "contributing",
     "zero_advantage", "truncated_frac", "eff_sample_ratio", "weight_mean", "weight_max",
@@ -40,6 +45,8 @@ SCALARS = (
     "snapshot_loads", "snapshot_misses", "snapshot_hit_ratio", "snapshot_resident_bytes",
     "ewma_age", "ewma_target_age", "ewma_age_deficit", "ewma_age_std", "ewma_keep",
     "ewma_worse_steps",
+    "shadow_s",
+    "shadow_forward_tokens", "shadow_held_bytes", "shadow_trajectories",
 )  # fmt: skip
 """Exported as `lagwise_learner_step_<name>`."""
 
@@ -50,6 +57,7 @@ class StepTelemetry:
     def __init__(self, context: Context, config: LearnerConfig) -> None:
         self._context = context
         self._guards = StepGuards(config)
+        self._shadows = (config.old_logprobs.route, *config.old_logprobs.shadow)
         for name in GUARDS:
             context.count(f"guard_{name}_steps", 0.0)
         self._show_guards()
@@ -109,10 +117,16 @@ class StepTelemetry:
                 for number, value in enumerate(values)
                 if math.isfinite(value)
             }
-        ages = outcome.arrays.get("age_shadow_tokens")
+        for name in SHADOW_SCALARS:
+            found = {r: scalars.get(f"shadow_{r}_{name}") for r in self._shadows}
+            if any(value is not None for value in found.values()):
+                labelled[f"shadow_{name}", "route"] = {
+                    route: value for route, value in found.items() if value is not None
+                }
+        ages = outcome.arrays.get("age_tokens")
         if ages is not None:
             labelled["tokens", "age"] = _by_age(ages, np.ones_like(ages))
-            labelled["k3_discrepancy", "age"] = _by_age(outcome.arrays["age_k3_d_exact"], ages)
+            labelled["k3_discrepancy", "age"] = _by_age(outcome.arrays["age_k3_d"], ages)
             labelled["k3_staleness", "age"] = _by_age(outcome.arrays["age_k3_s"], ages)
 
     def _show_guards(self) -> None:

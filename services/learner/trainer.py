@@ -22,7 +22,7 @@ from shared.algo.batching import PackedBatch, balance
 from shared.algo.loss_report import by_minibatch
 from shared.algo.policy_loss import MinibatchLoss, PolicyLoss, count
 from shared.algo.proximal import Proxy
-from shared.algo.shadow import ShadowLosses, ShadowStep
+from shared.algo.shadow import SCATTER_SIZE, ShadowLosses, ShadowReport, ShadowStep
 from shared.backends.base import Backend, ForwardOutput, LossFn
 
 
@@ -38,6 +38,8 @@ class StepOutcome:
         default_factory=dict[str, Mapping[str, float]]
     )
     """By further route: what its own step would have reported."""
+    shadow_failure: str = ""
+    """Why the comparison with them was given up."""
 
 
 class Trainer:
@@ -75,7 +77,7 @@ class Trainer:
         scalars = _admitted(batch)
         arrays: dict[str, npt.NDArray[np.floating]] = {}
         norms: list[float] = []
-        shadow: ShadowStep | None = None
+        watched: _Watched | None = None
         trainable = [item for item in batch.items if item.loss_mask.any()]
         for minibatch in shuffled_minibatches(trainable, optimizer.minibatches, seed):
             micros = self._micro_batches(minibatch)
@@ -86,14 +88,14 @@ class Trainer:
                 first=not norms,
                 weight_mean=self._policy_loss.weight_mean(micros),
             )
-            watched: LossFn = loss
+            loss_fn: LossFn = loss
             if compare and self._shadows is not None and not norms:
-                shadow = self._shadows.step(denominators, version_now=version)
-                watched = _Watched(loss, shadow)
+                step = self._shadows.step(denominators, version_now=version)
+                loss_fn = watched = _Watched(loss, step)
             for micro in micros:
                 self._backend.forward_backward(
                     micro,
-                    watched,
+                    loss_fn,
                     temperature=self._temperature,
                     with_entropy=self._policy_loss.needs_entropy,
                 )
@@ -105,12 +107,12 @@ class Trainer:
             "skipped_steps": float(sum(not math.isfinite(norm) for norm in norms)),
             "compute_s": time.perf_counter() - started,
         }
-        if shadow is None:
+        if watched is None:
             return StepOutcome(scalars, arrays, len(norms))
-        report = shadow.report(num_ages=self._num_ages)
-        return StepOutcome(
-            scalars | report.scalars, arrays | report.arrays, len(norms), report.by_route
-        )
+        report = watched.report(self._num_ages)
+        scalars |= report.scalars
+        arrays |= report.arrays
+        return StepOutcome(scalars, arrays, len(norms), report.by_route, watched.failure)
 
     def _micro_batches(self, items: list[Item]) -> list[PackedBatch]:
         packs = balance([i.num_tokens for i in items], self._section.optimizer.micro_batch_tokens)
@@ -124,16 +126,13 @@ class Trainer:
         *,
         first: bool,
     ) -> None:
-        reported, sums = loss.report(scatter_size=96, num_ages=self._num_ages)
+        reported, sums = loss.report(scatter_size=SCATTER_SIZE, num_ages=self._num_ages)
         arrays |= by_minibatch(arrays, reported)
         if first:
             scalars |= reported
-            # On the first minibatch nothing has left θ_v yet, so that exp(ℓ - ℓ^inf) is what D
-            # would be under `current_recompute`: the shadow route at no extra forward.
             arrays |= {
-                "age_shadow_tokens": sums["age_count"],
-                "age_k3_d_exact": sums["age_k3_d_sum"],
-                "age_k3_d_current_recompute": sums["age_k3_rho_sum"],
+                "age_tokens": sums["age_count"],
+                "age_k3_d": sums["age_k3_d_sum"],
                 "age_k3_s": sums["age_k3_s_sum"],
                 "age_s_abs_log_p99": sums["age_s_abs_log_p99"],
                 "scatter": sums["scatter"],
@@ -143,17 +142,31 @@ class Trainer:
         scalars |= {f"last_{name}": value for name, value in reported.items()}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Watched:
-    """The loss, with shadows that look at the same forward."""
+    """The loss, with shadows that look at the same forward; what they do wrong stays theirs."""
 
     loss: MinibatchLoss
     shadow: ShadowStep
+    failure: str = ""
 
     def __call__(self, output: ForwardOutput, batch: PackedBatch) -> torch.Tensor:
         result = self.loss(output, batch)
-        self.shadow.observe(output, batch, self.loss.traces[-1])
+        if not self.failure:
+            try:
+                self.shadow.observe(output, batch, self.loss.traces[-1])
+            except Exception as error:  # noqa: BLE001 - whoever looks on must not stop the step
+                self.failure = f"{type(error).__name__}: {error}"
         return result
+
+    def report(self, num_ages: int) -> ShadowReport:
+        """Return the comparison; an empty one after a failure."""
+        try:
+            if not self.failure:
+                return self.shadow.report(num_ages=num_ages)
+        except Exception as error:  # noqa: BLE001 - as above
+            self.failure = f"{type(error).__name__}: {error}"
+        return ShadowReport({}, {}, {})
 
 
 def _admitted(batch: BatchItems) -> dict[str, float]:

@@ -51,22 +51,27 @@ class Decisions:
     """By the trust region on S̃."""
 
 
-def decision_differences(exact: Decisions, route: Decisions) -> dict[str, float]:
-    """Return the shares of loss tokens on which a route decides otherwise than the exact one.
+def wrong_decisions(exact: Decisions, route: Decisions) -> dict[str, torch.Tensor]:
+    """Return bool[N] by kind: where a route decides otherwise than the exact one.
 
-    `wrongly_rejected` + `wrongly_kept` are the wrong masks; `wrongly_cut` + `wrongly_uncut` the
-    wrong clips, among tokens that both keep; `wrong_any` is the union.
+    `wrongly_rejected` and `wrongly_kept` are wrong masks; `wrongly_cut` and `wrongly_uncut` wrong
+    clips, among tokens that both keep. No two kinds share a token.
     """
-    total = exact.rejected_N.numel()
-    if total == 0:
-        return {}
     both_N = ~exact.rejected_N & ~route.rejected_N
-    wrong = {
+    return {
         "wrongly_rejected": route.rejected_N & ~exact.rejected_N,
         "wrongly_kept": exact.rejected_N & ~route.rejected_N,
         "wrongly_cut": both_N & route.cut_N & ~exact.cut_N,
         "wrongly_uncut": both_N & exact.cut_N & ~route.cut_N,
     }
+
+
+def decision_differences(exact: Decisions, route: Decisions) -> dict[str, float]:
+    """Return the shares of loss tokens by `wrong_decisions`; `wrong_any` is their union."""
+    total = exact.rejected_N.numel()
+    if total == 0:
+        return {}
+    wrong = wrong_decisions(exact, route)
     any_N = torch.stack(list(wrong.values())).any(0)
     shares = {name: float(where_N.sum()) / total for name, where_N in wrong.items()}
     return {**shares, "wrong_any": float(any_N.sum()) / total}

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from shared.cli.archive import version_path
 from shared.cli.audit_picks import Pick
+from shared.cli.ledger_members import STORED_AFTERWARDS
 from shared.cli.records import RunRecords
 from shared.cli.reference_forward import (
     Query,
@@ -19,8 +20,9 @@ from shared.cli.reference_forward import (
     StoredTensor,
     read_safetensors,
 )
+from shared.runtime.sections import EXACT_ROUTES
 from shared.wire.errors import WireError
-from shared.wire.journal import Issued
+from shared.wire.journal import Issued, Member
 from shared.wire.messages import Score, Terminal
 from shared.wire.trajectory import SamplingParams, Sequence, Trajectory
 
@@ -34,13 +36,15 @@ class Probe:
     ticket_id: str
     version: int
     query: Query
-    old: F8
-    """As scored and trained on."""
+    old: F8 | None
+    """As scored and trained on; None under an approximate route, which promises no version's."""
     sampler: F8
     own: F8 | None = None
     """Under `version`, by the reference forward."""
     previous: F8 | None = None
     """Under `version - 1`."""
+    following: F8 | None = None
+    """Under `version + 1`, of probes without `old`."""
 
 
 def version_sha256(tensors: Mapping[str, StoredTensor]) -> str:
@@ -61,8 +65,11 @@ class Rescoring:
 
     def __init__(self, records: RunRecords, config: ReferenceConfig) -> None:
         self.problems: list[str] = []
+        self.disclaimed_tokens = 0
+        """Picked ones that their own score does not claim to be exact."""
         self._records = records
         self._config = config
+        self._score_of = {score.ticket_id: seq for seq, score in records.scores.items()}
         self._sampling = {
             ticket.ticket_id: ticket.sampling
             for body in records.bodies
@@ -70,14 +77,14 @@ class Rescoring:
             for ticket in body.tickets
         }
 
-    def probes(self, pick: Pick, rng: np.random.Generator) -> list[Probe]:
+    def probes(self, pick: Pick, rng: np.random.Generator, route: str) -> list[Probe]:
         """Draw the tokens of one picked trajectory, split by sequence and version."""
         try:
             terminal = self._records.terminal(pick.member.terminal_seq)
-            score = self._records.score(pick.member.score_seq)
+            score = self._score(pick.member, route)
         except (KeyError, WireError):
             return []  # the ledger has named it
-        if not _fits(terminal, score):
+        if score is not None and not _fits(terminal, score):
             self.problems.append(f"{terminal.ticket_id}: its score does not fit its tokens")
             return []
         assert isinstance(terminal.outcome, Trajectory)
@@ -87,10 +94,13 @@ class Rescoring:
             for number, sequence in enumerate(sequences)
             for span in sequence.spans
             if span.version not in pick.masked_versions
+            and not (route == STORED_AFTERWARDS and _disclaimed(score, number, span.version))
             for position in range(span.start, span.stop)
         ]
         by_place: dict[tuple[int, int, float], list[int]] = {}
-        for index in sorted(rng.choice(len(tokens), size=pick.num_tokens, replace=False)):
+        size = min(len(tokens), pick.num_tokens)
+        self.disclaimed_tokens += pick.num_tokens - size
+        for index in sorted(rng.choice(len(tokens), size=size, replace=False) if size else ()):
             number, position, version = tokens[index]
             temperature = self.temperature(terminal.ticket_id, sequences[number], position)
             by_place.setdefault((number, version, temperature), []).append(position)
@@ -98,6 +108,14 @@ class Rescoring:
             _probe(terminal.ticket_id, version, temperature, sequences[number], score, number, at)
             for (number, version, temperature), at in by_place.items()
         ]
+
+    def _score(self, member: Member, route: str) -> Score | None:
+        if route not in EXACT_ROUTES:
+            return None
+        seq = member.score_seq
+        if not seq and route == STORED_AFTERWARDS:
+            seq = self._score_of[member.ticket_id]
+        return self._records.score(seq)
 
     def temperature(self, ticket_id: str, sequence: Sequence, position: int) -> float:
         """Return the temperature a token was sampled at: its turn's, or its ticket's."""
@@ -107,21 +125,25 @@ class Rescoring:
         return self._sampling.get(ticket_id, SamplingParams()).temperature
 
     def fill(self, probes: list[Probe]) -> int:
-        """Fill in `own` and `previous`, reading each version once; return how many were used."""
+        """Fill in what versions say, reading each one once; return how many were used."""
         needed = {p.version for p in probes} | {p.version - 1 for p in probes if p.version > 0}
+        beyond = {p.version + 1 for p in probes if p.old is None} & self._records.manifests.keys()
         num_versions = 0
-        for version in sorted(needed):
+        for version in sorted(needed | beyond):
             policy = self.policy(version)
             if policy is None:
                 continue
             num_versions += 1
             own = [p for p in probes if p.version == version]
             later = [p for p in probes if p.version == version + 1]
-            answers = policy.logprobs([p.query for p in own + later])
-            for probe, values in zip(own, answers[: len(own)], strict=True):
-                probe.own = values
-            for probe, values in zip(later, answers[len(own) :], strict=True):
-                probe.previous = values
+            earlier = [p for p in probes if p.version == version - 1 and p.old is None]
+            answers = iter(policy.logprobs([p.query for p in own + later + earlier]))
+            for probe in own:
+                probe.own = next(answers)
+            for probe in later:
+                probe.previous = next(answers)
+            for probe in earlier:
+                probe.following = next(answers)
         return num_versions
 
     def policy(self, version: int) -> ReferencePolicy | None:
@@ -149,20 +171,29 @@ def _fits(terminal: Terminal, score: Score) -> bool:
     ]
 
 
+def _disclaimed(score: Score | None, number: int, version: int) -> bool:
+    """Whether a score says itself that a version's numbers are not exact: fallback, mixed KV."""
+    claims = score.sequences[number].versions if score is not None else ()
+    return any(c.version == version and c.status != "exact" for c in claims)
+
+
 def _probe(
     ticket_id: str,
     version: int,
     temperature: float,
     sequence: Sequence,
-    score: Score,
+    score: Score | None,
     number: int,
     positions: list[int],
 ) -> Probe:
     where = np.array(positions)
+    old = None
+    if score is not None:
+        old = score.sequences[number].old_logprobs.numpy()[where].astype(np.float64)
     return Probe(
         ticket_id=ticket_id,
         version=version,
         query=Query(sequence.token_ids.numpy(), where, temperature),
-        old=score.sequences[number].old_logprobs.numpy()[where].astype(np.float64),
+        old=old,
         sampler=sequence.arrays["sampler_logprobs"].numpy()[where].astype(np.float64),
     )

@@ -95,6 +95,11 @@ def validate(values: Values) -> dict[str, CommonConfig]:
         Subjects(models["learner"].run.name)
     except ValueError as error:
         raise ConfigError(f"config file {values.path}: `run.name`: {error}") from error
+    if "oracle" in models["learner"].old_logprobs.shadow and not values.replicas["logit_oracle"]:
+        raise ConfigError(
+            f"config file {values.path}: `old_logprobs.shadow`: oracle looks on only where one "
+            "runs: set logit_oracle.replicas to 1 or more, or use snapshot_old"
+        )
     return models
 
 

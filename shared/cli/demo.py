@@ -92,10 +92,7 @@ def verdict(summary: Mapping[str, Any], page: Path) -> str:
     lines = [
         f"success {_rate(summary.get('success_base'))} -> {_rate(summary.get('success_final'))}"
         f" on held-out maps (lift {_interval(interval)}, {summary.get('eval_episodes')} episodes)",
-        f"old logits: {_share(summary.get('old_logits_exact_ratio'))} exact;"
-        f" {summary.get('audited_tokens', 0):,} tokens rescored,"
-        f" {summary.get('audit_mismatches')} mismatches"
-        f" (controls: {summary.get('audit_control_mismatches')})",
+        f"old logits: {_share(summary.get('old_logits_exact_ratio'))} exact; {_audited(summary)}",
         f"staleness mean {_rate(summary.get('staleness_mean'))},"
         f" max {summary.get('staleness_max')}; trajectories:"
         f" {summary.get('trajectories_issued')} issued,"
@@ -110,6 +107,20 @@ def verdict(summary: Mapping[str, Any], page: Path) -> str:
     problems = [f"  - {problem}" for problem in summary["problems"]]
     head = "OK: it learned, and nothing was lost" if summary["ok"] else "NOT OK:"
     return "\n".join([*lines, head, *problems])
+
+
+def _audited(summary: Mapping[str, Any]) -> str:
+    if summary.get("audit_stamp_tokens") and not summary.get("audited_tokens"):
+        routes = ", ".join(summary["old_logprobs_routes"])
+        return (
+            f"{routes} is an approximation, nothing to rescore;"
+            f" {summary['audit_stamp_tokens']:,} stamps checked"
+        )
+    return (
+        f"{summary.get('audited_tokens', 0):,} tokens rescored,"
+        f" {summary.get('audit_mismatches')} mismatches"
+        f" (controls: {summary.get('audit_control_mismatches')})"
+    )
 
 
 def resume_hint(finished: Finished, run_dir: Path, config: Path) -> str:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shared.cli.ledger_members import Problems, TrainedMembers
+from shared.cli.ledger_members import Problems, TrainedMembers, routes_of
 from shared.cli.records import RunRecords, ScoreFacts, TerminalFacts
 from shared.wire.journal import (
     Batch,
@@ -72,6 +72,8 @@ class Ledger:
     """Sampled tokens of trained trajectories, masked and unscorable ones included."""
     drop_causes: dict[str, int] = field(default_factory=dict[str, int])
     """Dropped and failed training tickets by cause."""
+    routes: dict[int, str] = field(default_factory=dict[int, str])
+    """By version stepped from: where the old log-probs of the lineage's batch came from."""
 
     @property
     def ok(self) -> bool:
@@ -175,9 +177,11 @@ class _Books:
     def close(self) -> Ledger:
         self._read_issues()
         lineage, repeated = final_lineage(self._bodies)
+        route_of = routes_of(self._bodies)
+        routes = {batch.version: route_of[batch.version, batch.epoch] for batch in lineage}
         for batch in lineage:
             for group in batch.groups:
-                self._read_group(batch, group)
+                self._read_group(batch, group, routes[batch.version])
         for batch in repeated:
             self._problems.note(
                 "two batches of one epoch step from one version", f"v{batch.version}"
@@ -202,6 +206,7 @@ class _Books:
             drop_causes=dict(
                 Counter(c for book in (self._dropped, self._failed) for c in book.values())
             ),
+            routes=routes,
         )
 
     def _read_issues(self) -> None:
@@ -211,13 +216,13 @@ class _Books:
                     self._problems.note("ticket issued twice", ticket.ticket_id)
                 self._issued[ticket.ticket_id] = ticket
 
-    def _read_group(self, batch: Batch, group: TrainedGroup) -> None:
+    def _read_group(self, batch: Batch, group: TrainedGroup, route: str) -> None:
         self._closed_groups.add(group.group_id)
         for ticket_id in group.failed:
             self._failed[ticket_id] = "failed in a trained group"
         for member in group.members:
             self._times_trained[member.ticket_id] += 1
-            self._members.read(batch, group, member)
+            self._members.read(batch, group, member, route)
 
     def _read_disposals(self) -> None:
         for body in self._bodies:

@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 from shared.cli.records import ScoreFacts, TerminalFacts
-from shared.wire.journal import Batch, Member, TrainedGroup
+from shared.runtime.sections import EXACT_ROUTES
+from shared.wire.journal import Batch, JournalBody, Member, RunStarted, TrainedGroup
 from shared.wire.messages import Ticket
+
+STORED_AFTERWARDS = "snapshot_old"
+"""The exact route whose batches are journalled before their scores are stored."""
+
+
+_STRICTEST = "oracle"
+
+
+def routes_of(bodies: Iterable[JournalBody]) -> dict[tuple[int, int], str]:
+    """Return by (version, epoch) the route of a batch: that of the process that journalled it.
+
+    A start whose entry does not say is held to the strictest, the oracle's.
+    """
+    route, found = _STRICTEST, dict[tuple[int, int], str]()
+    for body in bodies:
+        if isinstance(body, RunStarted):
+            section = body.config.get("old_logprobs") or {}
+            route = str(cast("Mapping[str, object]", section).get("route", _STRICTEST))
+        elif isinstance(body, Batch):
+            found.setdefault((body.version, body.epoch), route)
+    return found
 
 
 class Problems:
@@ -41,14 +64,15 @@ class TrainedMembers:
         self._issued = issued
         self._terminals = terminals
         self._scores = scores
+        self._score_of = {score.ticket_id: score for score in scores.values()}
         self._digests = digests
         self._max_staleness = max_staleness
         self._problems = problems
         self.age_tokens: Counter[int] = Counter()
         self.tokens_trained = self.tokens_exact = self.tokens_admitted = 0
 
-    def read(self, batch: Batch, group: TrainedGroup, member: Member) -> None:
-        """Check one member and count its tokens."""
+    def read(self, batch: Batch, group: TrainedGroup, member: Member, route: str) -> None:
+        """Check one member of a batch trained on `route` and count its tokens."""
         self._check_issue(member, group)
         terminal = self._terminals.get(member.terminal_seq)
         if terminal is None:
@@ -62,7 +86,7 @@ class TrainedMembers:
             self._problems.note("trained on a failed episode", member.ticket_id)
         elif terminal.reward != member.reward:
             self._problems.note("trained with another reward than its terminal's", member.ticket_id)
-        self._count_tokens(batch, group, terminal, self._checked_score(member))
+        self._count_tokens(batch, group, terminal, self._checked_score(member, route))
 
     def _check_issue(self, member: Member, group: TrainedGroup) -> None:
         ticket = self._issued.get(member.ticket_id)
@@ -73,8 +97,18 @@ class TrainedMembers:
         elif ticket.group_id != group.group_id:
             self._problems.note("trained in another group than it was issued in", member.ticket_id)
 
-    def _checked_score(self, member: Member) -> ScoreFacts | None:
+    def _checked_score(self, member: Member, route: str) -> ScoreFacts | None:
+        """Return the score that a member was trained with, None where its route stores none.
+
+        Under `snapshot_old` the learner stores what it computed after the batch was journalled:
+        it is found by ticket, of which there is one. An approximate route has no score, and an
+        oracle's beside it is a shadow's.
+        """
+        if not member.score_seq and route not in EXACT_ROUTES:
+            return None
         score = self._scores.get(member.score_seq)
+        if not member.score_seq and route == STORED_AFTERWARDS:
+            score = self._score_of.get(member.ticket_id)
         wanted = (member.ticket_id, member.terminal_seq, member.terminal_digest)
         if score is None:
             self._problems.note("trained with a score that is not in the log", member.ticket_id)

@@ -16,12 +16,13 @@ from shared.cli import (
     report_figures,
     report_header,
     report_panels,
+    report_shadows,
     report_system,
     summary,
 )
 from shared.cli.ledger import Ledger, of_run
 from shared.cli.records import RunRecords, load
-from shared.cli.report_data import evaluations, k3_by_age, pooled, regions, steps
+from shared.cli.report_data import cloud, evaluations, pooled, regions, steps
 from shared.cli.report_style import css_variables, standalone
 from shared.cli.report_trajectory import explain
 from shared.cli.time_use import busy_grid, lives
@@ -61,6 +62,7 @@ def render(records: RunRecords, ledger: Ledger, facts: dict[str, Any]) -> str:
         **report_header.header(records, facts),
         **_figures(records, ledger),
         **report_panels.exactness(summary.read_audit(records.run_dir)),
+        **report_shadows.panel(steps(records), report_shadows.by_age(steps(records))),
         **report_panels.corrections(records),
         **report_panels.distributions(records, ledger),
         **report_panels.time_use(records, facts),
@@ -78,31 +80,29 @@ def plot_k3_by_age(run_dir: Path, path: Path) -> None:
     Raises:
         ConfigError: the run has no such figures.
     """
-    curve = k3_by_age(steps(load(run_dir)))
-    if curve is None:
+    found = report_shadows.by_age(steps(load(run_dir)))
+    if found is None:
         raise ConfigError(
             f"run folder {run_dir}: no step report carries k3 by age; set "
             "old_logprobs.shadow: [current_recompute]"
         )
-    path.write_text(standalone(report_figures.k3_curves(curve)))
+    path.write_text(standalone(report_shadows.k3_curves(found)))
 
 
 def _figures(records: RunRecords, ledger: Ledger) -> dict[str, Markup | None]:
     """Draw what there is data for."""
     reports = steps(records)
-    curve = k3_by_age(reports)
+    shadows = report_shadows.by_age(reports)
+    tokens = cloud(records)
     processes = lives(records.leases)
     grid = busy_grid(processes, _GRID_S)
     bound = int(records.setting("admission.max_staleness", 4))
     has_lengths = len(pooled(reports, "trained_lengths")) > 0
     drawn = {
         "success": report_figures.success(records) if reports or evaluations(records) else None,
-        "k3": report_figures.k3_curves(curve) if curve else None,
-        "scatter": (
-            report_figures.scatter(records, regions(records))
-            if len(pooled(reports, "scatter"))
-            else None
-        ),
+        "k3": report_shadows.k3_curves(shadows) if shadows else None,
+        "errors": report_shadows.error_curves(shadows) if shadows and shadows.error else None,
+        "scatter": report_figures.scatter(tokens, regions(records)) if tokens else None,
         "staleness": report_figures.staleness(ledger, bound) if ledger.age_tokens else None,
         "lengths": report_figures.lengths(records) if has_lengths else None,
         "overlap": report_system.overlap(records, processes, grid) if grid else None,

@@ -17,6 +17,7 @@ from shared.cli.summary import bootstrap_mean
 from shared.runtime.algo_section import AlgoSection
 from shared.runtime.config import describe
 from shared.runtime.errors import ConfigError
+from shared.runtime.sections import EXACT_ROUTES
 from shared.wire.journal import Evaluated
 from shared.wire.telemetry import StepReport
 
@@ -34,31 +35,6 @@ class Evaluation:
     low: float
     high: float
     episodes: int
-
-
-@dataclass(frozen=True)
-class K3ByAge:
-    """k3 of the discrepancy by token age, old logits exact and recomputed from current weights."""
-
-    ages: npt.NDArray[np.int64]
-    """Ages with enough tokens to say something."""
-    tokens: F8
-    exact: F8
-    current: F8
-
-    @property
-    def reading(self) -> str:
-        """What the figure says, with its numbers."""
-        oldest = int(self.ages[-1])
-        exact = self.exact[-1] / self.exact[0] if self.exact[0] > 0 else math.nan
-        current = self.current[-1] / self.exact[-1] if self.exact[-1] > 0 else math.nan
-        times = f"{current:,.0f}" if current >= 10 else f"{current:.1f}"
-        return (
-            f"With exact old logits the discrepancy is the sampler's rounding noise at any age "
-            f"(×{exact:.2f} from age {self.ages[0]} to {oldest}). Recomputed from the current "
-            f"weights, policy change leaks into it: {times} times the exact value at age {oldest}, "
-            "and every mask on D then acts on staleness."
-        )
 
 
 @dataclass(frozen=True)
@@ -115,25 +91,45 @@ def pooled(reports: Iterable[StepReport], name: str) -> npt.NDArray[Any]:
     return np.concatenate(parts) if parts else np.zeros(0)
 
 
-def k3_by_age(reports: Iterable[StepReport], min_tokens: float = 30.0) -> K3ByAge | None:
-    """Return mean k3 by age over the run, None when no report carries the shadow route."""
-    names = ("age_shadow_tokens", "age_k3_d_exact", "age_k3_d_current_recompute")
-    sums: dict[str, F8] = {}
-    for report in reports:
-        if not all(name in report.arrays for name in names):
-            continue
-        for name in names:
-            values = report.arrays[name].numpy().astype(np.float64)
-            known = sums.get(name, np.zeros(0))
-            width = max(len(known), len(values))
-            sums[name] = _padded(known, width) + _padded(values, width)
-    if not sums:
+@dataclass(frozen=True)
+class Cloud:
+    """(log D, log S, age) of sampled tokens."""
+
+    points: npt.NDArray[np.float64]
+    """[M, 3]."""
+    exact: bool
+    """Whether D and S are those of an exact route, trained on or looking on."""
+    route: str
+    """Whose D and S they are; "" for an exact shadow's."""
+
+    def kept(self, region: Regions) -> tuple[float, float, float]:
+        """Return the shares kept by both regions, by the rectangle only, by the strip only.
+
+        The strip is what the same mask keeps under current_recompute, whose clip holds nothing
+        back at the start of a step.
+        """
+        log_d, log_s = self.points[:, 0], self.points[:, 1]
+        left, right = region.mask or (-np.inf, np.inf)
+        low, high = region.clip
+        inside = (log_d >= left) & (log_d <= right) & (log_s >= low) & (log_s <= high)
+        strip = (log_d + log_s >= left) & (log_d + log_s <= right)
+        return (
+            float((inside & strip).mean()),
+            float((inside & ~strip).mean()),
+            float((strip & ~inside).mean()),
+        )
+
+
+def cloud(records: RunRecords) -> Cloud | None:
+    """Return the run's sampled tokens; those of an exact reference where one looked on."""
+    reports, route = steps(records), str(records.setting("old_logprobs.route", "oracle"))
+    found = pooled(reports, "exact_scatter")
+    by_shadow = len(found) > 0
+    points = (found if by_shadow else pooled(reports, "scatter")).reshape(-1, 3)
+    if not len(points):
         return None
-    tokens, exact, current = (sums[name] for name in names)
-    ages = np.flatnonzero(tokens >= min_tokens)
-    if not len(ages):
-        return None
-    return K3ByAge(ages, tokens[ages], exact[ages] / tokens[ages], current[ages] / tokens[ages])
+    exact = by_shadow or route in EXACT_ROUTES
+    return Cloud(points.astype(np.float64), exact, "" if by_shadow else route)
 
 
 def regions(records: RunRecords) -> Regions:
@@ -165,7 +161,3 @@ def smoothed(values: F8, window: int) -> F8:
     weight = np.convolve(known.astype(float), kernel, mode="same")
     total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
     return np.divide(total, weight, out=np.full(len(values), np.nan), where=weight > 0)
-
-
-def _padded(values: F8, width: int) -> F8:
-    return np.concatenate([values, np.zeros(width - len(values))])

@@ -13,7 +13,7 @@ from shared.cli.ledger import Ledger
 from shared.cli.records import RunRecords
 from shared.cli.report_data import (
     F8,
-    K3ByAge,
+    Cloud,
     Regions,
     evaluations,
     pooled,
@@ -59,42 +59,16 @@ def success(records: RunRecords) -> str:
     return sheet.svg
 
 
-def k3_curves(curve: K3ByAge) -> str:
-    """k3 of D by token age: exact beside current_recompute."""
-    with figure(HALF + 0.6, 3.3) as sheet:
-        axis = sheet.axes[0]
-        rows = (("current_recompute", curve.current, C["red"], 7, "bottom"),
-                ("exact old logits", curve.exact, C["blue"], -8, "top"))  # fmt: skip
-        for name, values, colour, offset, anchor in rows:
-            axis.plot(curve.ages, values, "o-", color=colour, linewidth=2, markersize=5)
-            axis.annotate(
-                name, (curve.ages[-1], values[-1]), (0, offset), textcoords="offset points",
-                ha="right", va=anchor, color=colour, weight="bold",
-            )  # fmt: skip
-        positive = np.concatenate([curve.exact, curve.current])
-        positive = positive[positive > 0]
-        if len(positive):
-            axis.set_yscale("log")
-            axis.set_ylim(positive.min() / 3, positive.max() * 4)
-        share = curve.tokens / curve.tokens.sum()
-        axis.set_xticks(
-            curve.ages, [f"{a}\n{s:.0%}" for a, s in zip(curve.ages, share, strict=True)]
-        )
-        axis.set_xlabel("token age in versions, share of tokens below")
-        axis.set_ylabel("mean k3 of D, nats")
-    return sheet.svg
-
-
-def scatter(records: RunRecords, region: Regions, limit: int = 1200) -> str:
+def scatter(cloud: Cloud, region: Regions, limit: int = 1200) -> str:
     """(log D, log S) of loss tokens: inside what mask and clip accept, and the cloud alone."""
-    points = pooled(steps(records), "scatter").reshape(-1, 3)
+    points = cloud.points
     if len(points) > limit:
         points = points[np.random.default_rng(0).choice(len(points), limit, replace=False)]
     reach = [max(1e-3, 1.25 * float(np.quantile(np.abs(points[:, i]), 0.995))) for i in (0, 1)]
     with figure(FULL, 4.0, columns=2) as sheet:
         whole, near = sheet.axes
         for axis in (whole, near):
-            _draw_regions(axis, region)
+            _draw_regions(axis, region, strip=cloud.exact)
             axis.axhline(0, color=C["line"], linewidth=1)
             axis.axvline(0, color=C["line"], linewidth=1)
             for age in np.unique(points[:, 2]).astype(int):
@@ -104,7 +78,11 @@ def scatter(records: RunRecords, region: Regions, limit: int = 1200) -> str:
                     markersize=2.5 if axis is whole else 4.5,
                     label=f"age {age}" if axis is near else None,
                 )  # fmt: skip
-            axis.set_xlabel("log D = old − sampler: two engines, one version")
+            axis.set_xlabel(
+                "log D = old − sampler: two engines, one version"
+                if cloud.exact
+                else f"log D under {cloud.route}: its old − sampler"
+            )
         left, right = region.mask or (-reach[0], reach[0])
         low, high = region.clip
         whole.set_xlim(min(1.2 * left, -reach[0]), max(1.2 * right, reach[0]))
@@ -117,7 +95,11 @@ def scatter(records: RunRecords, region: Regions, limit: int = 1200) -> str:
                 edgecolor=C["muted"], linewidth=1, zorder=6,
             )
         )  # fmt: skip
-        whole.set_ylabel("log S = current − old: two versions, one engine")
+        whole.set_ylabel(
+            "log S = current − old: two versions, one engine"
+            if cloud.exact
+            else f"log S under {cloud.route}: current − its old"
+        )
         whole.set_title("what is kept; the grey frame is enlarged beside")
         near.legend(
             loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6, frameon=False, markerscale=2.2,
@@ -181,7 +163,7 @@ def lengths(records: RunRecords) -> str:
     return sheet.svg
 
 
-def _draw_regions(axis: Axes, region: Regions) -> None:
+def _draw_regions(axis: Axes, region: Regions, *, strip: bool) -> None:
     left, right = region.mask or (-50.0, 50.0)
     low, high = region.clip
     axis.add_patch(
@@ -193,7 +175,7 @@ def _draw_regions(axis: Axes, region: Regions) -> None:
             zorder=4,
         )
     )  # fmt: skip
-    if region.mask is None:
+    if region.mask is None or not strip:
         return
     # What the same mask accepts when old logits are recomputed: log D + log S in its bounds.
     wide = 50.0

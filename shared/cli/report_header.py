@@ -19,11 +19,9 @@ def header(records: RunRecords, s: dict[str, Any]) -> Context:
     parts = [f"{_seconds(wall)} on one machine" if wall else ""]
     parts += [_count(kills, "kill −9"), _count(s["restarts"], "restart", "restarts")]
     parts += [f"installation {_seconds(s['install_s'])} apart" if s.get("install_s") else ""]
-    audited = s["audited_tokens"]
     tiles = [
         (_arrow(s["success_base"], s["success_final"]), f"success, {s['eval_episodes']} held-out"),
-        (f"{s['audit_mismatches']} of {audited:,}" if audited else "not audited",
-         "audited tokens mismatch"),
+        _audited(s),
         (_percent(s["old_logits_exact_ratio"]), "old logits exact"),
         (f"{s['trajectories_lost']} / {s['trajectories_duplicated']}", "lost / duplicated"),
         (f"{s['staleness_mean']:.2f}, max {s['staleness_max']}",
@@ -47,16 +45,24 @@ def header(records: RunRecords, s: dict[str, Any]) -> Context:
 def _verdict(s: dict[str, Any]) -> str:
     if not s["sound"]:
         return "Not sound: " + s["problems"][0]
-    exact = (
-        "every audited token was trained with its own version's log-prob"
-        if s["audited_tokens"]
-        else "not audited yet"
-    )
+    exact = "not audited yet"
+    if s["audited_tokens"]:
+        exact = "every audited token was trained with its own version's log-prob"
+    elif s["audit_stamp_tokens"]:
+        exact = f"trained on {', '.join(s['old_logprobs_routes'])}, an approximation"
     whole = "nothing was lost or trained twice"
     if s["learned"] is None:
         return f"Sound: {exact}, {whole}."
     verb = "It learned" if s["learned"] else "It did not learn"
     return f"{verb}: success {_arrow(s['success_base'], s['success_final'])}; {exact}; {whole}."
+
+
+def _audited(s: dict[str, Any]) -> tuple[str, str]:
+    if s["audited_tokens"]:
+        return f"{s['audit_mismatches']} of {s['audited_tokens']:,}", "audited tokens mismatch"
+    if s["audit_stamp_tokens"]:
+        return f"{s['audit_stamp_tokens']:,}", "tokens whose stamp was checked"
+    return "not audited", "audited tokens mismatch"
 
 
 def _success_reading(records: RunRecords, s: dict[str, Any]) -> str:

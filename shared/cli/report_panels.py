@@ -11,7 +11,9 @@ from shared.cli.audit import AuditResult
 from shared.cli.ledger import Ledger
 from shared.cli.records import RunRecords
 from shared.cli.report_data import (
-    k3_by_age,
+    Cloud,
+    Regions,
+    cloud,
     pooled,
     regions,
     series,
@@ -19,6 +21,7 @@ from shared.cli.report_data import (
 )
 from shared.cli.report_system import ROLE_COLOURS
 from shared.cli.time_use import Life, lives, total
+from shared.runtime.sections import EXACT_ROUTES
 
 Context = dict[str, Any]
 
@@ -36,14 +39,41 @@ _COUNTERS = {
 
 def exactness(audit: AuditResult | None) -> Context:
     """The audit's counts."""
+    promise = (
+        "Every old log-prob must be the one that the sampled token's own policy version gives. The "
+        "audit rescores random trained tokens with a float64 forward of its own, from the versions "
+        "kept aside."
+    )
+    context: Context = {"exactness_reading": promise, "audit": None, "audit_reading": ""}
     if audit is None:
-        return {"audit": None, "audit_reading": ""}
+        return context
+    if audit.stamp_tokens and not audit.audited_tokens:
+        routes = ", ".join(route for route in audit.routes if route not in EXACT_ROUTES)
+        context["exactness_reading"] = (
+            f"Trained on {routes}, an approximation: no token was promised its own version's "
+            "log-prob, and there is none to rescore. What can be checked is checked: the ledger, "
+            "and the stamps, by the sampler's log-probs."
+        )
+        rms = [
+            error**0.5
+            for error in (
+                audit.stamp_square_error,
+                audit.stamp_square_error_before,
+                audit.stamp_square_error_after,
+            )
+        ]
+        context["audit_reading"] = (
+            f"Over {audit.stamp_tokens:,} tokens the sampler's log-probs are {rms[0]:.1e} nats "
+            f"(rms) from the stamped version, {rms[1]:.1e} from the one before and {rms[2]:.1e} "
+            "from the one after."
+        )
+        return context
     rows = [
         ("its own version", audit.mismatches, audit.audited_tokens, "red"),
         ("the version before (control)", audit.control_mismatches, audit.control_tokens, "muted"),
         ("the sampler (control)", audit.sampler_mismatches, audit.audited_tokens, "muted"),
     ]
-    return {
+    return context | {
         "audit": [
             {
                 "name": name, "mismatches": f"{count:,}", "of": f"{of:,}", "colour": colour,
@@ -63,8 +93,8 @@ def exactness(audit: AuditResult | None) -> Context:
 
 def corrections(records: RunRecords) -> Context:
     """What the scatter shows and how much was rejected or clipped."""
-    curve = k3_by_age(steps(records))
-    region = regions(records)
+    region, tokens = regions(records), cloud(records)
+    exact = tokens is not None and tokens.exact
     reports = steps(records)
     shown = [
         ("rejected by the mask", "rej_any"),
@@ -80,20 +110,36 @@ def corrections(records: RunRecords) -> Context:
     mask = region.mask
     mask_text = f"{np.exp(mask[0]):.3g} ≤ D ≤ {np.exp(mask[1]):.3g}" if mask else "any D"
     return {
-        "k3_reading": curve.reading if curve else "",
         "region": region,
-        "strip": mask is not None,
+        "strip": mask is not None and exact,
         "mask_text": mask_text,
         "clip_text": f"{np.exp(region.clip[0]):.3g} ≤ S ≤ {np.exp(region.clip[1]):.3g}",
         "strip_text": mask_text.replace("D", "D·S"),
         "fractions": f"Of loss tokens, {', '.join(fractions)}." if fractions else "",
-        "scatter_reading": (
-            "With exact old logits the mask bounds only the discrepancy D between two engines and "
-            "the clip only the staleness S between two versions: a rectangle. Without them the "
-            "mask sees D·S, the diagonal strip, so that a stale token is rejected as if it were "
-            "noise, while the clip starts from S = 1 at every step and holds nothing back."
-        ),
+        "scatter_reading": _scatter_reading(tokens, region) if tokens else "",
+        "scatter_of": "with exact old logits"
+        if exact
+        else f"under {tokens.route if tokens else ''}",
     }
+
+
+def _scatter_reading(tokens: Cloud, region: Regions) -> str:
+    if not tokens.exact:
+        return (
+            f"D and S as {tokens.route} has them, not the exact ones: no exact shadow looked on "
+            "(old_logprobs.shadow: [snapshot_old]), so that what it masks and clips wrongly "
+            "cannot be told here."
+        )
+    both, rectangle, strip = tokens.kept(region)
+    whose = "" if tokens.route else " Exact D and S by a shadow; the run trained on another route."
+    return (
+        "With exact old logits the mask bounds only the discrepancy D between two engines and "
+        "the clip only the staleness S between two versions: a rectangle. Without them the "
+        "mask sees D·S, the diagonal strip, so that a stale token is rejected as if it were "
+        "noise, while the clip starts from S = 1 at every step and holds nothing back. Of these "
+        f"tokens {both:.1%} lie in both, {rectangle:.1%} in the rectangle alone and {strip:.1%} in "
+        f"the strip alone.{whose}"
+    )
 
 
 def distributions(records: RunRecords, ledger: Ledger) -> Context:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from shared.algo.ewma_control import EwmaSettings
 from shared.wire.trajectory import SamplingParams
@@ -139,13 +147,19 @@ class WeightsSection(Section):
     """For diffing and applying; 0: one per core, at most 8."""
 
 
+RouteName = Literal[
+    "oracle", "snapshot_old", "interrupt", "ewma_prox", "ppo_ewma_async",
+    "interp_prox_loglinear", "interp_prox_linear", "current_recompute", "rollout",
+]  # fmt: skip
+EXACT_ROUTES = frozenset({"oracle", "snapshot_old", "interrupt"})
+SHADOWS: tuple[str, ...] = tuple(n for n in get_args(RouteName) if n != "interrupt")
+"""What can look on: a fence cannot, it stops everybody."""
+
+
 class OldLogprobsSection(Section):
     """Where old log-probs come from."""
 
-    route: Literal[
-        "oracle", "snapshot_old", "interrupt", "ewma_prox", "ppo_ewma_async",
-        "interp_prox_loglinear", "interp_prox_linear", "current_recompute", "rollout",
-    ] = "oracle"  # fmt: skip
+    route: RouteName = "oracle"
     """The first three are exact (docs/routes.md)."""
     layout: Literal["packed", "single"] = "packed"
     """How snapshot_old and interrupt forward: packed prefixes, or each whole sequence alone."""
@@ -161,8 +175,53 @@ class OldLogprobsSection(Section):
     fence_timeout_s: float = Field(default=30.0, gt=0)
     """How long interrupt waits for env agents to hand in what they sampled. What is missing then
     can never be scored: its tokens leave the loss, counted."""
-    shadow: tuple[Literal["current_recompute"], ...] = ("current_recompute",)
-    """Further routes computed beside it and compared, never trained on."""
+    shadow: tuple[str, ...] = ()
+    """Further routes that look on, never trained on: any but interrupt. Their error is measured
+    against the exact one: the route itself, or else an exact shadow. By default current_recompute
+    beside an exact route, none beside an approximate one, which has nothing to compare with."""
+    shadow_share: float = Field(default=0.25, gt=0, le=1)
+    """Share of the trajectories that shadows look at, fixed by run.seed and ticket id."""
+    shadow_timeout_s: float = Field(default=5.0, gt=0)
+    """How long a step waits for a version or score that an exact shadow lacks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_shadow(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or "shadow" in data:
+            return cast("Any", data)
+        given = cast("Mapping[str, Any]", data)
+        exact = given.get("route", "oracle") in EXACT_ROUTES
+        return {**given, "shadow": ("current_recompute",) if exact else ()}
+
+    @field_validator("shadow")
+    @classmethod
+    def _can_look_on(cls, shadow: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        route: str = info.data.get("route", "")
+        for name in shadow:
+            if why := _no_shadow(name, route):
+                raise ValueError(why)
+            if shadow.count(name) > 1:
+                raise ValueError(f"{name} is listed twice: list it once")
+        return shadow
+
+
+def _no_shadow(name: str, route: str) -> str:
+    """Return why a route cannot look on beside the trained one, and what to do; else nothing."""
+    if name == "interrupt":
+        return (
+            "interrupt cannot be a shadow: it stops all sampling at every step; for an exact "
+            "reference use snapshot_old or oracle"
+        )
+    if name not in SHADOWS:
+        return f"{name!r} is none of {', '.join(SHADOWS)}"
+    if name == route:
+        return f"{name} is old_logprobs.route itself: take it out of old_logprobs.shadow"
+    if name == "oracle" and route in EXACT_ROUTES:
+        return (
+            f"oracle cannot look on beside {route}, which stores the exact scores itself: take it "
+            "out, every shadow is compared with the route"
+        )
+    return ""
 
 
 class TelemetrySection(Section):

@@ -19,6 +19,7 @@ import yaml
 
 from shared.cli.archive import ArchiveWriter, Record, archive_dir, safetensors_bytes
 from shared.cli.reference_forward import Query, ReferenceConfig, ReferencePolicy, StoredTensor
+from shared.runtime.sections import EXACT_ROUTES
 from shared.wire.base import Array
 from shared.wire.codec import content_digest, encode
 from shared.wire.journal import (
@@ -48,6 +49,8 @@ from shared.wire.weights import Artefact, Canary, Manifest, TensorSpec
 
 ALPHABET = "@abcdefghijklmnopqrstuvwxyz0123456789.#>SFHG \n"
 MAP = "SFFF\nFHFH\nFFFH\nHFFG\n"
+SHADOWS = {"current_recompute": 0.03, "ppo_ewma_async": 0.012, "rollout": 0.016}
+"""Routes that looked on, and their mean error at age 1."""
 T0 = 1_780_000_000.0
 STEP_S = 0.6
 
@@ -66,6 +69,8 @@ class Spec:
     unfinished: int = 2
     drift: float = 0.01
     seed: int = 0
+    route: str = "oracle"
+    """`snapshot_old` stores scores that no batch points at, an approximate route none."""
 
 
 CONFIG: dict[str, Any] = {
@@ -141,7 +146,12 @@ def build(spec: Spec | None = None) -> SyntheticRun:
         weights = {
             n: (w + rng.normal(0, spec.drift, w.shape)).astype("f4") for n, w in weights.items()
         }
-    run.journal.append(RunStarted(incarnation="i1", seed=spec.seed, model_digest="d0"))
+    run.journal.append(
+        RunStarted(
+            incarnation="i1", seed=spec.seed, model_digest="d0",
+            config={"old_logprobs": {"route": spec.route}},
+        )
+    )  # fmt: skip
     _evaluate(run, "base", 0, rng)
     for version in range(spec.versions):
         _train(run, version, rng)
@@ -149,6 +159,8 @@ def build(spec: Spec | None = None) -> SyntheticRun:
     _evaluate(run, "final", spec.versions, rng)
     _score_all(run, rng)
     _journal_batches(run)
+    if spec.route not in EXACT_ROUTES:
+        run.scores.clear()
     unfinished = [b for b in run.journal if isinstance(b, Issued)][-2].tickets
     names = tuple(t.ticket_id for t in unfinished) if spec.unfinished else ()
     run.journal.append(RunFinished(version=spec.versions, unfinished=names))
@@ -348,8 +360,8 @@ def _trained_group(run: SyntheticRun, seqs: list[int], score_of: dict[str, int])
         members=tuple(
             Member(
                 ticket_id=t.ticket_id, terminal_seq=seq, terminal_digest=run.digest(seq),
-                score_seq=score_of[t.ticket_id], reward=t.outcome.reward,
-                advantage=t.outcome.reward - mean,
+                score_seq=score_of[t.ticket_id] if run.spec.route == "oracle" else 0,
+                reward=t.outcome.reward, advantage=t.outcome.reward - mean,
             )
             for seq, t in played
         ),
@@ -376,20 +388,46 @@ def _step_report(run: SyntheticRun, version: int) -> StepReport:
     }  # fmt: skip
     arrays = {
         "age_tokens": Array.of(tokens, "f8"),
-        "age_shadow_tokens": Array.of(tokens, "f8"),
-        "age_k3_d_exact": Array.of(tokens * 2e-4 * rng.normal(1, 0.05, len(ages)), "f8"),
-        "age_k3_d_current_recompute": Array.of(tokens * (2e-4 + 3e-3 * ages**1.3), "f8"),
+        "age_k3_d": Array.of(tokens * 2e-4 * rng.normal(1, 0.05, len(ages)), "f8"),
         "age_k3_s": Array.of(tokens * 3e-3 * ages**1.3, "f8"),
         "scatter": Array.of(
             np.stack([rng.normal(0, 0.02, 24), log_s, rng.integers(0, 5, 24)], axis=1), "f4"
         ),
         "dispatched_lengths": Array.of(rng.integers(12, 32, 40), "i4"),
         "trained_lengths": Array.of(rng.integers(12, 32, 40), "i4"),
+        **_shadow_sums(tokens, ages, rng),
     }
+    scalars |= {"shadow_s": 0.004, "shadow_held_bytes": 2.0 * 2**20}
+    for name, size in SHADOWS.items():
+        scalars |= {
+            f"shadow_{name}_{what}": size * share * rng.normal(1, 0.1)
+            for what, share in (("error_mean", 1.0), ("error_p99", 6.0), ("error_bias", -0.2),
+                                ("wrongly_rejected", 0.1), ("wrongly_kept", 0.02),
+                                ("wrongly_cut", 0.01), ("wrongly_uncut", 0.2),
+                                ("clipped_on_arrival", 0.3))
+        }  # fmt: skip
     return StepReport(
         version=version, started_at=started, trained_at=started + 0.36 + 0.05 * rng.random(),
         published_at=started + 0.43 + 0.03 * rng.random(), scalars=scalars, arrays=arrays,
     )  # fmt: skip
+
+
+def _shadow_sums(tokens: np.ndarray, ages: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """What the shadows would leave of a step, on a third of its tokens."""
+    count = np.round(tokens / 3)
+    exact = count * 2e-4 * rng.normal(1, 0.05, len(ages))
+    found = {"shadow_oracle_age_count": count, "shadow_oracle_age_k3_d_sum": exact}
+    for name, size in SHADOWS.items():
+        flat = name == "rollout"
+        growth = np.ones(len(ages)) if flat else ages**0.8
+        found |= {
+            f"shadow_{name}_age_count": count,
+            f"shadow_{name}_age_k3_d_sum": count * (0 if flat else 2e-4 + 0.1 * size * ages**1.3),
+            f"shadow_{name}_age_error_sum": count * size * growth,
+            f"shadow_{name}_age_bias_sum": -0.2 * count * size * growth,
+            f"shadow_{name}_age_wrong_sum": count * np.minimum(1, 0.3 * size * growth),
+        }
+    return {name: Array.of(values, "f8") for name, values in found.items()}
 
 
 def _lease_all(run: SyntheticRun, rng: np.random.Generator) -> None:

@@ -36,6 +36,13 @@ def write(tmp_path: Path, tree: object) -> Path:
         ({"config": {}, "rollout": {"replicas": "two"}}, "`rollout.replicas`"),
         ({"config": {}, "rollout": 3}, "`rollout` must be a mapping"),
         ({"config": {}, "learner": {"replicas": 2}}, "`learner.replicas`: must be 1"),
+        (
+            {
+                "config": {"old_logprobs": {"route": "ewma_prox", "shadow": ["oracle"]}},
+                "logit_oracle": {"replicas": 0},
+            },
+            "`old_logprobs.shadow`: oracle looks on only where one runs",
+        ),
         ({"confg": {}}, "needs a top-level mapping `config:`"),
     ],
 )

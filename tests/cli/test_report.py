@@ -9,19 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from shared.cli import audit, report, summary
 from shared.cli.ledger import of_run
 from shared.cli.records import load
-from shared.cli.report_data import k3_by_age, regions, smoothed, steps
+from shared.cli.report_data import Regions, cloud, regions, smoothed, steps
+from shared.cli.report_shadows import by_age
 from shared.cli.report_style import PALETTE
 from shared.cli.report_trajectory import explain
 from shared.runtime.errors import ConfigError
+from shared.wire.base import Array
 from shared.wire.journal import RunStarted
-from tests.cli.synthetic_run import Spec, SyntheticRun, build
+from tests.cli.synthetic_run import SHADOWS, Spec, SyntheticRun, build
 
 PANELS = [
-    "Success against wall time", "Exactness", "What mask and clip act on", "Staleness",
+    "Success against wall time", "Exactness", "What mask and clip act on",
+    "What other routes would have done", "Staleness",
     "Dispatched against trained lengths", "Where the time went", "Ledger",
     "Weight synchronisation", "One trajectory, token by token", "Reproduce",
 ]  # fmt: skip
@@ -66,7 +70,7 @@ def text_of(page: str) -> str:
 
 def test_all_panels_are_there_in_order(page: str) -> None:
     assert re.findall(r"<h2>(.*?)</h2>", page) == PANELS
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 9
     assert 'class="none"' not in page
 
 
@@ -130,7 +134,7 @@ def test_an_empty_run_explains_every_missing_panel(tmp_path: Path) -> None:
     shutil.rmtree(run_dir / "base")
     page = report.write(run_dir).read_text()
     assert re.findall(r"<h2>(.*?)</h2>", page) == PANELS
-    assert page.count('class="none"') == 9
+    assert page.count('class="none"') == 10
     assert "<svg" not in page
 
 
@@ -172,15 +176,72 @@ def test_without_a_tokenizer_ids_are_shown(tmp_path: Path) -> None:
     assert explained.tokens[0].text == f"[{explained.tokens[0].token_id}]"
 
 
-def test_k3_by_age_is_the_token_weighted_mean_over_the_run(run_dir: Path) -> None:
+def test_figures_by_age_are_token_weighted_means_over_the_run(run_dir: Path) -> None:
     reports = steps(load(run_dir))
-    curve = k3_by_age(reports)
-    assert curve is not None
-    tokens = sum(r.arrays["age_shadow_tokens"].numpy() for r in reports)
-    exact = sum(r.arrays["age_k3_d_exact"].numpy() for r in reports)
-    assert np.array_equal(curve.ages, np.flatnonzero(tokens >= 30))
-    assert curve.exact == pytest.approx((exact / np.maximum(tokens, 1))[curve.ages])
-    assert k3_by_age(reports, min_tokens=1e9) is None
+    found = by_age(reports)
+    assert found is not None
+    assert found.reference == "oracle"
+    assert set(found.error) == set(found.wrong) == set(SHADOWS)
+    assert set(found.k3) == {"oracle", *SHADOWS}
+
+    def summed(name: str) -> np.ndarray:
+        return sum(r.arrays[name].numpy() for r in reports)
+
+    tokens = summed("shadow_oracle_age_count")
+    assert np.array_equal(found.ages, np.flatnonzero(tokens >= 30))
+    for name, values in found.error.items():
+        expected = summed(f"shadow_{name}_age_error_sum") / np.maximum(tokens, 1)
+        assert values == pytest.approx(expected[found.ages])
+    exact = summed("shadow_oracle_age_k3_d_sum") / np.maximum(tokens, 1)
+    assert found.k3["oracle"] == pytest.approx(exact[found.ages])
+    assert by_age(reports, min_tokens=1e9) is None
+
+
+def test_the_panel_of_shadows_carries_every_route_with_its_numbers(
+    page: str, run_dir: Path
+) -> None:
+    reports = steps(load(run_dir))
+    text = text_of(page)
+    assert "held against the exact answer of oracle" in text
+    for name in SHADOWS:
+        mean = np.mean([r.scalars[f"shadow_{name}_error_mean"] for r in reports])
+        wrong = np.mean([r.scalars[f"shadow_{name}_wrongly_rejected"] for r in reports])
+        assert re.search(rf"{name} ?{mean:.4f}.*?{wrong:.2%}", text)
+
+
+def test_a_run_without_an_exact_answer_says_so(tmp_path: Path) -> None:
+    synthetic = build(Spec(versions=3, route="rollout"))
+    for number, step in enumerate(synthetic.steps):
+        arrays = {n: a for n, a in step.arrays.items() if not n.startswith("shadow_")}
+        synthetic.steps[number] = step.model_copy(update={"arrays": arrays})
+    run_dir = synthetic.write(tmp_path / "run")
+    values = yaml.safe_load((run_dir / "resolved.yaml").read_text())
+    values["config"]["old_logprobs"] = {"route": "rollout"}
+    (run_dir / "resolved.yaml").write_text(yaml.safe_dump(values))
+    audit.save(audit.run(run_dir, tokens=50), run_dir)
+    summary.write(run_dir)
+    text = text_of(report.write(run_dir).read_text())
+    assert "trained on rollout, an approximation; nothing was lost" in text
+    assert "no token was promised its own version" in text
+    assert "No route was held against an exact answer" in text
+    assert "D and S as rollout has them, not the exact ones" in text
+    assert "kept by the same mask under current_recompute" not in text
+
+
+def test_the_cloud_is_the_exact_one_where_an_exact_route_looked_on(tmp_path: Path) -> None:
+    synthetic = build(Spec(versions=2, route="rollout"))
+    points = np.array([[0.0, 0.0, 1], [1.0, -0.9, 1], [0.0, 1.0, 2], [0.2, 1.5, 2]])
+    for number, step in enumerate(synthetic.steps):
+        arrays = {**step.arrays, "exact_scatter": Array.of(points, "f4")}
+        synthetic.steps[number] = step.model_copy(update={"arrays": arrays})
+    found = cloud(load(synthetic.write(tmp_path / "run")))
+    assert found is not None
+    assert found.exact
+    assert len(found.points) == 8
+    region = Regions((-0.7, 1.6), (-1.0, 0.5), "icepop")
+    # first two: both; the third: strip alone (log S above the clip); the fourth: neither
+    assert found.kept(region) == (0.5, 0.0, 0.25)
+    assert found.kept(Regions((-0.7, 0.05), (-1.0, 2.0), "icepop")) == (0.25, 0.25, 0.0)
 
 
 def test_the_regions_follow_the_configuration(tmp_path: Path) -> None:

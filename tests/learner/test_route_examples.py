@@ -127,7 +127,7 @@ async def test_an_example_trains_two_versions_over_the_bus(route: str, tmp_path:
         assert report.scalars["rej_any"] < 0.5
         before, after = states[report.version - 1], states[report.version]
         assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert bool(scores) == (route in {"oracle", "interrupt"})
+    assert bool(scores) == (route in EXACT)
     forwarded = [report.scalars["old_logprobs_forward_tokens"] > 0 for report in reports]
     assert all(forwarded) == (route not in {"oracle", "rollout"} and "interp" not in route)
     # up to age 1 an interpolated proxy is the sampler's log-prob itself

@@ -135,6 +135,14 @@ def test_routes_that_score_at_the_step_wait_for_terminals_only(make: ModuleType)
     assert completed.group.members[0].scores == ()
 
 
+def test_where_no_score_is_needed_none_is_missing(make: ModuleType) -> None:
+    """A group that is still open must not settle a member twice when a score is given up."""
+    staging = Staging(needs_scores=False)
+    staging.handle(GroupIssued("g", 0, ("a", "b")))
+    staging.handle(make.terminal("a", 1, make.trajectory()))
+    assert staging.unscored_tickets == ()
+
+
 def test_what_is_still_missing_is_known(make: ModuleType) -> None:
     staging = staged("a", "b")
     staging.handle(make.terminal("a", 1, make.trajectory()))

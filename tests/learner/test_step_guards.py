@@ -39,8 +39,8 @@ SOUND = {
 def outcome(*, steps: int = 1, moved: tuple[float, ...] = (1e-6, 0.02, 0.04), **scalars: float):
     arrays = {
         "age_s_abs_log_p99": np.array(moved),
-        "age_shadow_tokens": np.array([float(value >= 0) for value in moved]),
-        "age_k3_d_exact": np.full(len(moved), 0.01),
+        "age_tokens": np.array([float(value >= 0) for value in moved]),
+        "age_k3_d": np.full(len(moved), 0.01),
         "age_k3_s": np.full(len(moved), 0.02),
     }
     return StepOutcome(SOUND | {"fresh_tokens": 0.0} | scalars, arrays, steps)

@@ -70,6 +70,8 @@ class OldLogprobRoute(Protocol):
     exact: bool
     """Whether every number is that of the version stamped on the token."""
     waits_for_scores: bool
+    stores_scores: bool
+    """Whether what it computed at a step belongs on the log, for audits: exact numbers."""
     needs_fence: bool
     """Whether everything sampled from a version must be scored before the learner leaves it."""
     proxy: Proxy | None
@@ -116,6 +118,7 @@ class RouteBase:
     """A route that carries nothing from step to step."""
 
     waits_for_scores = False
+    stores_scores = False
     needs_fence = False
     proxy: Proxy | None = None
 

@@ -54,6 +54,7 @@ class SnapshotOld(RouteBase):
 
     name = "snapshot_old"
     exact = True
+    stores_scores = True
 
     def __init__(self, context: RouteContext) -> None:
         super().__init__(context)
@@ -97,7 +98,6 @@ class SnapshotOld(RouteBase):
         lost = [work for v in missing for work in by_version[v]]
         if missing:
             await self._fall_back(members, missing, lost)
-        self._history.evict_below(version - self._context.max_staleness)
         return OldLogprobs(
             {ticket_id: score.sequences() for ticket_id, score in scores.items()},
             RouteCost(
@@ -112,6 +112,10 @@ class SnapshotOld(RouteBase):
                 resident_bytes=self._history.bytes_held,
             ),
         )
+
+    async def stepped(self, version: int, scalars: Mapping[str, float]) -> None:
+        # also as a shadow that was not asked at this step
+        self._history.evict_below(version - 1 - self._context.max_staleness)
 
     @property
     def _model(self) -> Backend:
