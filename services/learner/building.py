@@ -65,13 +65,15 @@ def make_inputs(
     Raises:
         ConfigError: no such route.
     """
-    section = config.old_logprobs
+    section, at = config.old_logprobs, _route_context(context, config, backend)
+    of_anchor = section.model_copy(update={"route": section.anchor, "fallback": ""})
     return StepInputs(
-        _make_route(section.route, _route_context(context, config, backend)),
+        _make_route(section.route, at),
         make_shadows(context, config, backend),
         _make_reference(config),
         ScoreStore(context, backend, section.layout),
         positions,
+        _make_route(section.anchor, replace(at, section=of_anchor)) if section.anchor else None,
     )
 
 

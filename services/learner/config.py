@@ -70,6 +70,18 @@ class LearnerConfig(CommonConfig):
 
     @model_validator(mode="after")
     def _can_act(self) -> Self:
+        anchor, kind = self.old_logprobs.anchor, self.learner.algo.objective.kind
+        if self.learner.algo.objective.needs_prox != bool(anchor):
+            raise ValueError(
+                f"old_logprobs.anchor {anchor!r} with learner.algo.objective {kind}: four_policy "
+                "needs an anchor (current_recompute, ewma_prox or ppo_ewma_async), and nothing "
+                "else takes one"
+            )
+        if anchor and anchor == self.old_logprobs.route:
+            raise ValueError(
+                f"old_logprobs.anchor {anchor} is the route itself, so that S1 = 1: take objective "
+                "ppo, or another anchor"
+            )
         if refused := guards.refused(self):
             raise ValueError("; ".join(one.line for one in refused))
         return self

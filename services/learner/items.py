@@ -16,6 +16,7 @@ import numpy.typing as npt
 from services.learner.routes.forwards import Logprobs
 from services.learner.staging import Scored
 from shared.algo.batching import PackedBatch, pack
+from shared.algo.policy_loss import PROX
 from shared.algo.shadow import COMPARED, given_key
 from shared.wire.journal import Batch, Member, TrainedGroup
 from shared.wire.messages import SequenceScore
@@ -44,6 +45,8 @@ class Item:
 
     reference_logprobs: npt.NDArray[np.floating] | None = None
     """Of the reference model, where `algo.kl` is on."""
+    prox_logprobs: npt.NDArray[np.floating] | None = None
+    """Of the trust-region anchor, under objective four_policy."""
     shadows: Mapping[str, npt.NDArray[np.floating]] = field(
         default_factory=dict[str, npt.NDArray[np.floating]]
     )
@@ -91,6 +94,7 @@ def build_items(
     old: Mapping[str, tuple[SequenceScore, ...]],
     reference: Mapping[str, Sequence[npt.NDArray[np.floating]]] | None = None,
     shadows: ShadowInputs | None = None,
+    prox: Mapping[str, tuple[SequenceScore, ...]] | None = None,
 ) -> BatchItems:
     """Arrange a batch in journal order; the same entry gives the same arrays on replay.
 
@@ -100,6 +104,7 @@ def build_items(
         old: their old log-probs.
         reference: log-probs of the reference model per sequence, where `algo.kl` is on.
         shadows: of further routes, where they are compared at this step.
+        prox: log-probs of the trust-region anchor, under objective four_policy.
     """
     items: list[Item] = []
     sampled = should_train = exact = num_trajectories = 0
@@ -122,6 +127,10 @@ def build_items(
                 if member.turn_advantages:
                     item = _by_turn(item, sequence, list(islice(of_turns, len(sequence.turns))))
                 should_train += int((item.sampled_mask & ~np.isnan(item.advantages)).sum())
+                if prox is not None:
+                    item = replace(
+                        item, prox_logprobs=prox[member.ticket_id][index].old_logprobs.numpy()
+                    )
                 if shadows is not None:
                     item = _shadowed(item, shadows, member.ticket_id, index)
                 own = [entry.version for entry in score.versions if entry.status == "exact"]
@@ -158,6 +167,9 @@ def pack_items(items: Sequence[Item]) -> PackedBatch:
     references = [i.reference_logprobs for i in items if i.reference_logprobs is not None]
     if references:
         per_token["reference_logprobs"] = references
+    anchors = [i.prox_logprobs for i in items if i.prox_logprobs is not None]
+    if anchors:
+        per_token[PROX] = anchors
     for route in items[0].shadows:
         per_token[given_key(route)] = [item.shadows[route] for item in items]
     if not all(item.compared for item in items):

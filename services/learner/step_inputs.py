@@ -19,6 +19,9 @@ from services.learner.staging import Scored
 from services.learner.trainer import StepOutcome
 from shared.wire.journal import Batch
 
+ANCHOR = "anchor"
+"""Folder of the anchor inside a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -41,8 +44,11 @@ class StepInputs:
         reference: Reference | None,
         store: ScoreStore,
         positions: Positions,
+        anchor: OldLogprobRoute | None = None,
     ) -> None:
+        """Take them together; `anchor` answers for π_prox under objective four_policy."""
         self.route = route
+        self._anchor = anchor
         self.shadows = shadows
         self._reference = reference
         self._store = store
@@ -51,19 +57,30 @@ class StepInputs:
     async def start(self) -> None:
         """Begin, after the learner knows which version it stands at."""
         await self.route.start()
+        if self._anchor is not None:
+            await self._anchor.start()
         await self.shadows.start()
 
     async def close(self) -> None:
         await self.route.close()
+        if self._anchor is not None:
+            await self._anchor.close()
         await self.shadows.close()
 
     def save(self, folder: Path) -> None:
         """Write into a checkpoint what `load` needs to go on identically."""
         self.route.save(folder)
+        if self._anchor is not None:
+            own = folder / ANCHOR
+            own.mkdir()
+            self._anchor.save(own)
         self.shadows.save(folder)
 
     def load(self, folder: Path) -> None:
         self.route.load(folder)
+        # A checkpoint from before the anchor was configured has none: it starts afresh.
+        if self._anchor is not None and (folder / ANCHOR).is_dir():
+            self._anchor.load(folder / ANCHOR)
         self.shadows.load(folder)
 
     async def prepare(
@@ -79,13 +96,20 @@ class StepInputs:
         scored = tuple(members.values())
         old = await self.route.at_step(scored, batch.version)
         reference = await self._reference.logprobs(scored) if self._reference else None
+        prox = await self._anchor.at_step(scored, batch.version) if self._anchor else None
         shadows = await self.shadows.ask(batch, members, reported=reported)
-        items = build_items(batch, members, old.by_ticket, reference, shadows)
+        items = build_items(
+            batch, members, old.by_ticket, reference, shadows, prox.by_ticket if prox else None
+        )
         return Prepared(items, old, scored, compare=shadows is not None)
 
     async def stepped(self, version: int, outcome: StepOutcome) -> None:
         """Tell the routes that the weights are now those of `version`, not yet published."""
         await self.route.stepped(version, outcome.scalars)
+        if self._anchor is not None:
+            # The step's ratios are those to π_old: resets that compare the anchor with the samples
+            # need its own, which nobody measures.
+            await self._anchor.stepped(version, {})
         await self.shadows.stepped(version, outcome)
 
     async def store(self, prepared: Prepared) -> None:

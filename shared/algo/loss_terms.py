@@ -47,6 +47,8 @@ class Tokens:
     """The original loss mask, before any rejection."""
     score_T: torch.Tensor | None = None
     """Raw reward of the token's trajectory, for kinds that need it."""
+    l_prox_T: torch.Tensor | None = None
+    """Of the trust-region anchor, for kinds that need it. Detached."""
 
     @classmethod
     def of(
@@ -58,14 +60,16 @@ class Tokens:
         weight_T: torch.Tensor,
         layout: Layout,
         score_T: torch.Tensor | None = None,
+        l_prox_T: torch.Tensor | None = None,
     ) -> Tokens:
         """Detach, widen to at least float32, and make unusable tokens harmless.
 
-        Outside the loss mask, and where any of the three log-probs is not finite (which the
-        caller rejects), all three become 0: the ratios are 1 and no gradient flows.
+        Outside the loss mask, and where any of the log-probs is not finite (which the caller
+        rejects), all of them become 0: the ratios are 1 and no gradient flows.
         """
         now_T, old_T, inf_T = wide(l_T), wide(l_old_T.detach()), wide(l_inf_T.detach())
-        use_T = layout.m_T & torch.isfinite(now_T.detach() + old_T + inf_T)
+        prox_T = old_T if l_prox_T is None else wide(l_prox_T.detach())
+        use_T = layout.m_T & torch.isfinite(now_T.detach() + old_T + inf_T + prox_T)
         return cls(
             l_T=torch.where(use_T, now_T, 0.0),
             l_old_T=torch.where(use_T, old_T, 0.0),
@@ -74,6 +78,7 @@ class Tokens:
             weight_T=weight_T.detach(),
             layout=layout,
             score_T=score_T,
+            l_prox_T=None if l_prox_T is None else torch.where(use_T, prox_T, 0.0),
         )
 
     def anchor_logprobs(self, anchor: str) -> torch.Tensor:

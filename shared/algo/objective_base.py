@@ -26,6 +26,8 @@ class Spec:
     """The authors' choice; others are allowed."""
     needs_score: ClassVar[bool] = False
     """Needs the raw reward of every token's trajectory."""
+    needs_prox: ClassVar[bool] = False
+    """Needs log-probs of a trust-region anchor beside the old ones."""
 
     @property
     def ratio_anchor(self) -> Anchor:

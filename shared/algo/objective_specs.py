@@ -243,9 +243,36 @@ class RolloutDoubleSided(Spec):
         self._clip(self.low, self.high)
 
 
+@dataclass(frozen=True)
+class FourPolicy(Spec):
+    """`four_policy.four_policy`: the clip lies around an anchor π_prox other than π_old.
+
+    `old_logprobs.anchor` says which. W acts on D, u on S1 = π_prox/π_old, the clip on
+    S2 = π_θ/π_prox.
+    """
+
+    needs_prox: ClassVar[bool] = True
+
+    kind: Literal["four_policy"] = "four_policy"
+    low: float = 0.2
+    high: float = 0.28
+    dual: float | None = 3.0
+    anchor_cap: float | None = None
+    """u = min(S1, anchor_cap); null: u = S1."""
+    max_ratio: float | None = None
+    """Cap on ρ, openai/ppo-ewma's `imp_samp_max` (100 there)."""
+
+    def __post_init__(self) -> None:
+        self._clip(self.low, self.high, self.dual)
+        for name in ("anchor_cap", "max_ratio"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                self._refuse(name, "must be at least 1, or agreement is re-weighted")
+
+
 ObjectiveSpec = (
     Ppo | Gspo | GspoToken | Cispo | Reinforce | Topr | Sapo | DppoTv | DppoKl | PrimeRlDefault
-    | Ipo | Vespo | Opsm | M2po | RolloutDoubleSided
+    | Ipo | Vespo | Opsm | M2po | RolloutDoubleSided | FourPolicy
 )  # fmt: skip
 """`algo.objective`, told apart by `kind`."""
 

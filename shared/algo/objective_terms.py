@@ -13,11 +13,13 @@ import torch
 from shared.algo import divergence_objectives as divergence
 from shared.algo import sequence_objectives as sequence
 from shared.algo import staleness_objectives as staleness
+from shared.algo.four_policy import four_policy, split_four
 from shared.algo.loss_terms import Terms, Tokens
 from shared.algo.objective_specs import (
     Cispo,
     DppoKl,
     DppoTv,
+    FourPolicy,
     Gspo,
     GspoToken,
     Ipo,
@@ -32,13 +34,14 @@ from shared.algo.objective_specs import (
     Topr,
     Vespo,
 )
+from shared.algo.ratios import ratio
 
 
 def objective_terms(tokens: Tokens, spec: ObjectiveSpec) -> Terms:
     """Return the terms of an objective, times W where its ratio is anchored on ℓ^old.
 
     Raises:
-        ValueError: the kind needs a score and there is none.
+        ValueError: the kind needs a score, or an anchor's log-probs, and there is none.
     """
     terms = _terms(tokens, spec)
     return terms.times(tokens.weight_T) if spec.uses_weight else terms
@@ -90,6 +93,8 @@ def _terms(tokens: Tokens, spec: ObjectiveSpec) -> Terms:
             return staleness.m2po(log_r_T, adv_T, layout.m_T, threshold=threshold)
         case RolloutDoubleSided(low=low, high=high):
             return staleness.double_sided(l_T, log_r_T, adv_T, low=low, high=high)
+        case FourPolicy():
+            return _four_policy(tokens, spec)
         case _:
             assert_never(spec)
 
@@ -101,6 +106,25 @@ def _topr(tokens: Tokens, spec: Topr) -> Terms:
     if spec.level == "sequence":
         log_r_T = sequence.sequence_log_ratio(log_r_T, tokens.layout)
     return staleness.topr(tokens.l_T, log_r_T, tokens.adv_T, tokens.score_T)
+
+
+def _four_policy(tokens: Tokens, spec: FourPolicy) -> Terms:
+    if tokens.l_prox_T is None:
+        raise ValueError("objective four_policy needs log-probs of an anchor: old_logprobs.anchor")
+    ratios = split_four(
+        tokens.l_T, tokens.l_prox_T, tokens.l_old_T, tokens.l_inf_T, tokens.layout.m_T
+    )
+    s1_T = ratio(ratios.log_s1_T)
+    return four_policy(
+        ratios,
+        tokens.adv_T,
+        w_T=torch.ones_like(s1_T),  # W of the corrections is multiplied by the caller
+        u_T=s1_T if spec.anchor_cap is None else s1_T.clamp(max=spec.anchor_cap),
+        clip_low=spec.low,
+        clip_high=spec.high,
+        dual=spec.dual,
+        max_ratio=spec.max_ratio,
+    )
 
 
 def _opsm(tokens: Tokens, spec: Opsm) -> Terms:

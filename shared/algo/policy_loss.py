@@ -57,6 +57,9 @@ REFERENCE = "reference_logprobs"
 """Further per-token tensor, f32[T], where `algo.kl` is on: log-probs of the reference model.
 Another is `scores`: the raw reward of the token's trajectory, which `topr` needs."""
 
+PROX = "prox_logprobs"
+"""Further per-token tensor, f32[T], under objective four_policy: log-probs of its anchor."""
+
 PROXIES = {"loglinear": loglinear_proxy, "linear": linear_proxy}
 
 
@@ -222,8 +225,11 @@ class PolicyLoss:
             weight_mean=weight_mean,
         )
         rejected = {**verdict.rejected, "nonfinite": ~ratios.finite_T}
+        score_T, prox_T = batch.per_token.get("scores"), batch.per_token.get(PROX)
+        prox_N = None if prox_T is None else prox_T[rows_N]
+        if prox_N is not None:
+            rejected["nonfinite"] = rejected["nonfinite"] | ~torch.isfinite(prox_N)
         keep_N = ~torch.stack(list(rejected.values())).any(0)
-        score_T = batch.per_token.get("scores")
         tokens = Tokens.of(
             now_N,
             old_N,
@@ -232,6 +238,7 @@ class PolicyLoss:
             verdict.weight_T,
             layout,
             None if score_T is None else score_T[rows_N],
+            prox_N,
         )
         terms = objective_terms(tokens, want.objective)
         loss = aggregate(terms.loss_T, keep_N, layout, denominators, mode=want.aggregation)

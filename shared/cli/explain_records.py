@@ -185,6 +185,9 @@ def _trained(
         numbers.notes.append("without the current log-probs this route's old ones are unknown")
         numbers.source = "unknown"
         return numbers
+    if config.learner.algo.objective.needs_prox:
+        numbers.notes.append("the anchor of the clip is not archived: no mask, clip or gradient")
+        return numbers
     old = _old_of_all(members, route, ticket_id, numbers.old, every=step.needs_every_old)
     if not _known(own.trajectory, [score.old_logprobs.numpy() for score in numbers.old]):
         numbers.source = "unknown"

@@ -168,8 +168,11 @@ class OldLogprobsSection(Section):
     fallback: Literal["", "current_recompute"] = ""
     """What replaces the old log-probs of a version that is gone for good: tagged and counted.
     Empty: the run fails, naming the version."""
+    anchor: Literal["", "current_recompute", "ewma_prox", "ppo_ewma_async"] = ""
+    """With learner.algo.objective four_policy: the policy that the clip lies around, beside the
+    old one of `route`."""
     ewma: EwmaSettings | None = None
-    """Of the two EWMA routes; null: the route's own defaults."""
+    """Of the two EWMA routes, as route or anchor; null: the route's own defaults."""
     score_timeout_s: float = Field(default=120.0, gt=0)
     """A trajectory unscored for so long, while an oracle lives, counts as failed."""
     fence_timeout_s: float = Field(default=30.0, gt=0)

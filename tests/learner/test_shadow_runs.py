@@ -227,3 +227,30 @@ async def test_snapshot_old_puts_the_scores_it_trained_on_to_the_log(
         for claim in (c for s in one.sequences for c in s.versions):
             assert (claim.status, claim.digest) == ("exact", digests[claim.version])
     assert run.context.counters.get("foreign_scores", 0) == 0
+
+
+# --- objective four_policy: the anchor of the clip beside the exact route
+def anchored(model_dir: Path, run_dir: Path, anchor: str) -> ShadowRun:
+    kind = "four_policy" if anchor else "ppo"
+    algo = {
+        "corrections": [{"kind": "icepop", "low": 0.7, "high": 1.4}],
+        "objective": {"kind": kind, "low": 0.05, "high": 0.05},
+    }
+    section = {"route": "oracle", "shadow": (), "anchor": anchor}
+    return ShadowRun(model_dir, run_dir, section, {"algo": algo})
+
+
+async def test_the_anchor_of_the_clip_is_a_policy_of_its_own_and_outlives_a_kill(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    found: dict[str, dict[int, str]] = {}
+    for anchor in ("", "current_recompute", "ewma_prox", "ppo_ewma_async"):
+        run = await finished(anchored(model_dir, tmp_path / f"of-{anchor}", anchor))
+        found[anchor] = await run.digests()
+        assert len(found[anchor]) == VERSIONS + 1
+    newest = [digests[VERSIONS] for digests in found.values()]
+    assert len(set(newest)) == len(newest), "every anchor trains another policy"
+    killed = anchored(model_dir, tmp_path / "killed", "ewma_prox")
+    assert await killed.learn(killed_at=4)
+    assert not await killed.learn()
+    assert await killed.digests() == found["ewma_prox"]
