@@ -54,6 +54,8 @@ def test_unknown_names_list_the_known_ones():
         ({"kind": "vespo", "k_positive": math.inf}, "k_positive"),
         ({"kind": "opsm", "delta": -1e-4}, "delta"),
         ({"kind": "m2po", "threshold": 0.0}, "threshold"),
+        ({"kind": "four_policy", "anchor_cap": 0.5}, "anchor_cap"),
+        ({"kind": "four_policy", "max_ratio": 0.0}, "max_ratio"),
     ],
 )
 def test_degenerate_settings_are_refused_with_key_and_fix(entry: dict[str, float], key: str):
@@ -79,7 +81,7 @@ def test_the_weight_multiplies_exactly_where_the_ratio_is_the_staleness(kind: st
     old, one = torch.tensor([-1.0, -2.0]).double(), torch.ones(2).double()
 
     def loss(weight: torch.Tensor) -> torch.Tensor:
-        given = Tokens.of(old + 1e-4, old, old - 1e-4, one, weight, layout, one)
+        given = Tokens.of(old + 1e-4, old, old - 1e-4, one, weight, layout, one, old)
         return objective_terms(given, spec).loss_T
 
     factor = 3.0 if spec.uses_weight else 1.0
@@ -108,10 +110,11 @@ def test_only_the_current_policy_is_differentiated(kind: str):
     layout = Layout(torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64), 1)
     values = (-1.0, -1.01, -1.02, 1.0, 1.0)
     now, *others = (torch.tensor([x], requires_grad=True) for x in values)
-    given = Tokens.of(now, *others, layout, torch.ones(1))
+    prox = torch.tensor([-1.03], requires_grad=True)
+    given = Tokens.of(now, *others, layout, torch.ones(1), prox)
     objective_terms(given, objective_from({"kind": kind})).loss_T.sum().backward()
     assert now.grad is not None
-    assert [x.grad for x in others] == [None] * 4
+    assert [x.grad for x in (*others, prox)] == [None] * 5
 
 
 def test_a_missing_score_is_an_error():
@@ -137,3 +140,4 @@ def test_facts_that_a_run_needs_before_it_starts():
     whole = {kind for kind, cls in OBJECTIVE_SPECS.items() if cls.whole_sequences}
     assert whole == {"gspo", "gspo_token", "topr", "vespo", "opsm"}
     assert [kind for kind, cls in OBJECTIVE_SPECS.items() if cls.needs_score] == ["topr"]
+    assert [kind for kind, cls in OBJECTIVE_SPECS.items() if cls.needs_prox] == ["four_policy"]

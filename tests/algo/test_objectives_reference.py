@@ -32,6 +32,8 @@ ENTRIES += [
     {"kind": "opsm", "delta": 0.1, "reference": "rollout"},
     {"kind": "m2po", "threshold": 0.2, "anchor": "old"},
     {"kind": "rollout_double_sided", "low": 0.5, "high": 0.9},
+    {"kind": "four_policy", "low": 0.1, "high": 0.1, "dual": 1.2, "anchor_cap": 1.3},
+    {"kind": "four_policy", "max_ratio": 1.5},
 ]
 SPECS = [objective_from(entry) for entry in ENTRIES]
 
@@ -45,6 +47,12 @@ class Token:
     mask: bool
     seq: int
     score: float
+    shift: float = 0.0
+    """log π_prox/π_old."""
+
+    @property
+    def prox(self) -> float:
+        return self.old + self.shift
 
 
 def clip(x: float, low: float, high: float) -> float:
@@ -128,6 +136,14 @@ def plain(
             case "m2po":
                 squares = {u: (frozen[u] - anchors[u]) ** 2 for u in loss_tokens}
                 loss = -r * a if t in m2po_keeps(squares, spec.threshold) else 0.0
+            case "four_policy":
+                s1, s2 = math.exp(x.prox - x.old), math.exp(lp - x.prox)
+                loss = -min(s2 * a, clip(s2, 1 - spec.low, 1 + spec.high) * a)
+                if a < 0 and spec.dual is not None:
+                    loss = min(loss, -spec.dual * a)
+                loss *= min(s1, spec.anchor_cap or math.inf)
+                if spec.max_ratio is not None:
+                    loss *= min(1.0, spec.max_ratio / math.exp(f - x.inf))
             case "rollout_double_sided":
                 inside = 1 - spec.low < r_f < 1 + spec.high
                 loss = -(r_f if inside else 0.0) * a * lp
@@ -148,7 +164,14 @@ def computed(
     )
     l_T = torch.tensor(now, dtype=torch.float64, requires_grad=True)
     given = Tokens.of(
-        l_T, column("old"), column("inf"), column("adv"), column("weight"), layout, column("score")
+        l_T,
+        column("old"),
+        column("inf"),
+        column("adv"),
+        column("weight"),
+        layout,
+        column("score"),
+        column("prox"),
     )
     terms = objective_terms(given, spec)
     torch.where(layout.m_T, terms.loss_T, 0.0).sum().backward()
@@ -167,6 +190,7 @@ tokens_strategy = st.lists(
         mask=st.sampled_from([True, True, True, False]),
         seq=st.integers(0, 2),
         score=st.sampled_from([-1.0, 0.0, 1.0]),
+        shift=st.floats(-0.5, 0.5),
     ),
     min_size=1,
     max_size=6,
@@ -235,7 +259,7 @@ def test_log_probs_that_are_not_finite_leave_loss_and_gradient_finite(kind: str)
     layout = Layout(torch.ones(4, dtype=torch.bool), torch.tensor([0, 0, 1, 1]), 2)
     one = torch.ones(4)
     terms = objective_terms(
-        Tokens.of(l_T, old, sampler, one, one, layout, one), objective_from({"kind": kind})
+        Tokens.of(l_T, old, sampler, one, one, layout, one, old), objective_from({"kind": kind})
     )
     terms.loss_T.sum().backward()
     assert torch.isfinite(terms.loss_T).all()
