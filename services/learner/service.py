@@ -33,6 +33,7 @@ from services.learner.learner import Learner
 from services.learner.positions import Positions
 from services.learner.publication import Publication, Slack
 from services.learner.score_records import score_event
+from services.learner.step_telemetry import bounds
 from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
 from shared.backends.torch_backend import TorchBackend
@@ -46,10 +47,12 @@ from shared.weights.retention import oldest_needed
 from shared.wire.codec import encode
 from shared.wire.errors import ForeignMajor
 from shared.wire.messages import Score
+from shared.wire.subjects import STREAMS
 from shared.wire.trajectory import Failure
 from shared.wire.weights import Control
 
 _TICK_S = 1.0
+_STREAMS_LOOK_S = 5.0
 _FOREIGN_RETRY_S = 5.0
 _POLL_S = 0.02
 
@@ -115,6 +118,7 @@ class _Shell:
         )
         self._phase: Literal["running", "draining", "done"] = "running"
         self._pauses = Pauses()
+        context.measured |= bounds(config)
         self._waited_s: dict[str, float] = {}
         """Seconds an unscored trajectory has waited while an oracle was there."""
 
@@ -170,6 +174,9 @@ class _Shell:
         await self._learner.finish()
         self._phase = "done" if self._learner.finished else "draining"
         await self._put_control()
+        if self._phase == "done" and self._config.learner.at_end == "wait":
+            self._context.log.info("done_waiting")
+            await self._context.stop.wait()
 
     # --- arrivals
     @property
@@ -239,7 +246,7 @@ class _Shell:
             await asyncio.sleep(0.2)
 
     async def _tick(self) -> None:
-        last = time.time()
+        last, next_look = time.time(), 0.0
         while True:
             await asyncio.sleep(_TICK_S)
             now = time.time()
@@ -253,6 +260,9 @@ class _Shell:
             await self._put_control()
             await self._purge()
             self._gauges()
+            if now >= next_look:
+                next_look = now + _STREAMS_LOOK_S
+                await self._measure_streams()
 
     def _give_up_scores(self, elapsed_s: float) -> None:
         """Count how long trajectories wait for scores while an oracle lives, up to the bound."""
@@ -312,16 +322,22 @@ class _Shell:
 
     async def _purge(self) -> None:
         """Drop what no retained checkpoint needs, as far as the recorder has archived it."""
-        archived = await self._bus.get_control("archived")
-        if archived is None:
-            return
-        positions = cast("dict[str, int]", msgpack.unpackb(archived))
+        positions: dict[str, int] | None = None
+        if self._config.run.archive:
+            archived = await self._bus.get_control("archived")
+            if archived is None:
+                return
+            positions = cast("dict[str, int]", msgpack.unpackb(archived))
         try:
-            low = min(self._low_water_mark(), positions.get("versions", -1))
+            low = self._low_water_mark()
+            if positions is not None:
+                low = min(low, positions.get("versions", -1))
             if low >= 0:
                 await self._publisher.purge_below(low)
             for name in ("terminals", "scores"):
-                floor = min(self._learner.floors.get(name, 0), positions.get(name, 0) + 1)
+                floor = self._learner.floors.get(name, 0)
+                if positions is not None:
+                    floor = min(floor, positions.get(name, 0) + 1)
                 if floor > 1:
                     await self._bus.purge(name, floor)
         except BusError as error:
@@ -333,5 +349,17 @@ class _Shell:
             "outstanding_groups": float(len(self._desk.admission.outstanding)),
             "ready_groups": float(len(self._desk.ready)),
             "unscored_trajectories": float(len(self._desk.staging.unscored_tickets)),
-            "policy_version": float(self._learner.version),
+        }
+
+    async def _measure_streams(self) -> None:
+        """What the streams hold, for Prometheus: a full one is a fault somebody must see coming."""
+        labelled = self._context.labelled
+        try:
+            states = {spec.name: await self._bus.stream_state(spec.name) for spec in STREAMS}
+        except BusError as error:
+            self._context.log.debug("streams_unmeasured", reason=str(error))
+            return
+        labelled["stream_bytes", "stream"] = {n: float(s.num_bytes) for n, s in states.items()}
+        labelled["stream_messages", "stream"] = {
+            n: float(s.num_messages) for n, s in states.items()
         }

@@ -37,6 +37,17 @@ SCALARS = (
 """Exported as `lagwise_learner_step_<name>`."""
 
 
+def bounds(config: LearnerConfig) -> dict[str, float]:
+    """Return the configured bounds that alerts and scaling compare with, as gauges."""
+    return {
+        "staleness_bound": float(config.admission.max_staleness),
+        "groups_per_version": float(config.admission.groups_per_version),
+        "target_version": float(config.learner.versions),
+        "stream_limit_bytes": float(config.bus.max_stream_bytes),
+        "exact_route": float(config.old_logprobs.route in ("oracle", "snapshot_old", "interrupt")),
+    }
+
+
 class StepTelemetry:
     """The learner's last step, for whoever scrapes it."""
 

@@ -68,10 +68,10 @@ class ServiceCollector(Collector):
         for what, value in sorted(dict(context.gauges).items()):
             yield gauge(what, value, f"{what}, now")
         for what, value in sorted(dict(context.measured).items()):
-            yield gauge(what, value, f"{what}, of the last step")
+            yield gauge(what, value, f"{what}, latest")
         for (what, label), values in sorted(dict(context.labelled).items()):
             family = GaugeMetricFamily(
-                metric_name(role, what), f"{what} by {label}, of the last step", labels=[label]
+                metric_name(role, what), f"{what} by {label}, latest", labels=[label]
             )
             for key, value in sorted(dict(values).items()):
                 family.add_metric([key], value)
