@@ -28,8 +28,8 @@ accounts {
         user: {{ $account }}
         password: $NATS_PASSWORD_{{ upper $account }}
         permissions: {
-          publish: { allow: {{ $allowed.publish | toJson }} }
-          subscribe: { allow: {{ $allowed.subscribe | toJson }} }
+          publish: { allow: {{ $allowed.publish | toRawJson }} }
+          subscribe: { allow: {{ $allowed.subscribe | toRawJson }} }
         }
       }
     {{- end }}
