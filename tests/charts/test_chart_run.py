@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from shared.cli import audit, status
-from shared.runtime.sections import BusSection
+from shared.cli import audit, bus_check, ledger, records, status
+from shared.runtime.sections import BusSection, CommonConfig, RunSection
 
 from tests.charts.local_pods import LocalPods
-from tests.charts.rendering import ROOT, of_kind, render
+from tests.charts.prometheus import DASHBOARDS, Prometheus, expressions, filled_in, rules
+from tests.charts.rendering import NAMESPACE, ROOT, of_kind, render, tool
 
 pytestmark = [pytest.mark.chart_run, pytest.mark.timeout(420)]
 
@@ -43,16 +46,19 @@ def cluster(tmp_path: Path) -> Iterator[LocalPods]:
     pods.close()
 
 
-def look(cluster: LocalPods) -> status.Status:
+def access(cluster: LocalPods) -> BusSection:
     secret = of_kind(cluster.objects, "Secret")[0]["data"]["operator"]
     password = cluster.folder / "operator-password"
     password.write_bytes(base64.b64decode(secret))
-    section = BusSection(
+    return BusSection(
         url=f"nats://127.0.0.1:{cluster.nats_ports[4222]}",
         user="operator",
         password_file=str(password),
     )
-    return asyncio.run(status.ask(section, "chart-run", listen_s=2.2, timeout_s=10))
+
+
+def look(cluster: LocalPods) -> status.Status:
+    return asyncio.run(status.ask(access(cluster), "chart-run", listen_s=2.2, timeout_s=10))
 
 
 def until(condition: Callable[[], bool], bound_s: float, what: str) -> None:
@@ -80,7 +86,59 @@ def logs(cluster: LocalPods) -> str:
     return "\n".join(tails)
 
 
-def test_a_rendered_release_trains_while_rollouts_go_from_two_to_four_to_one(cluster: LocalPods):
+@pytest.fixture
+def prometheus(cluster: LocalPods) -> Iterator[Prometheus]:
+    """Scrapes the pods that are there at the start, labelled as the PodMonitor would."""
+    targets = [
+        (pod.address_of(9090), {"release": "run", "namespace": NAMESPACE, "pod": pod.name,
+                                "component": component})
+        for component, pods in cluster.pods.items() if component != "nats"
+        for pod in pods
+    ]  # fmt: skip
+    server = Prometheus(cluster.folder / "prometheus", targets, rules("run"))
+    yield server
+    server.close()
+
+
+def ask_prometheus(prometheus: Prometheus) -> None:
+    """Every expression of every dashboard and rule has an answer in a run under way."""
+    silent = [
+        (board.name, panel, expr)
+        for board in DASHBOARDS
+        for panel, expr in expressions(board)
+        if not prometheus.query(filled_in(expr, "run", NAMESPACE, "1m"))
+    ]
+    # canary and episode counters are there from the first; retries only once there was one
+    assert [s for s in silent if "retries" not in s[2] and "resumed" not in s[2]] == []
+    for group in rules("run")["groups"]:
+        for rule in group["rules"]:
+            if "record" in rule:
+                assert prometheus.query(rule["record"]), rule["record"]
+            else:
+                prometheus.query(rule["expr"])
+    firing = prometheus.query('ALERTS{alertstate="firing"}')
+    assert firing == []
+    for url in {s["metric"]["instance"] for s in prometheus.query("up")}:
+        try:
+            with urllib.request.urlopen(f"http://{url}/metrics", timeout=5) as answer:
+                text = answer.read()
+        except OSError:
+            continue  # a rollout that was scaled away
+        done = subprocess.run([tool("promtool"), "check", "metrics"], input=text, capture_output=True)
+        assert done.returncode == 0, (url, done.stderr.decode())
+
+
+def ask_bus(cluster: LocalPods) -> list[bus_check.Answer]:
+    """What `helm test` does, with the rendered pod's arguments and account."""
+    pod = of_kind(cluster.objects, "Pod")[0]
+    assert pod["spec"]["containers"][0]["command"][-1] == "shared.cli.bus_check"
+    common = CommonConfig(run=RunSection(name="chart-run"), bus=access(cluster))
+    return asyncio.run(bus_check.check(common, 10))
+
+
+def test_a_rendered_release_trains_while_rollouts_go_from_two_to_four_to_one(
+    cluster: LocalPods, prometheus: Prometheus
+):
     reach(cluster, 3)
     cluster.scale("rollout", 4)
     until(lambda: cluster.ready("rollout") == 4, 60, "four ready rollouts")
@@ -95,6 +153,8 @@ def test_a_rendered_release_trains_while_rollouts_go_from_two_to_four_to_one(clu
     until(lambda: look(cluster).phase == "done", 60, "the end of the run")
 
     final = look(cluster)
+    ask_prometheus(prometheus)
+    assert all(answer.ok for answer in ask_bus(cluster))
     assert final.ledger["trained"] > 0
     assert final.ledger["failed"] == final.ledger["dropped"] == 0, final.ledger
     assert final.streams["dead"]["messages"] == 0
@@ -113,7 +173,11 @@ def test_a_rendered_release_trains_while_rollouts_go_from_two_to_four_to_one(clu
         for name, (code, killed) in containers.items():
             assert (code, killed) == (0, False), (pod, name, code, logs(cluster))
     run_dir = next((cluster.folder / "claims").glob("run-data-*"))
+    book = ledger.of_run(records.load(run_dir))
+    assert book.lost == book.duplicated == ()
     found = audit.run(run_dir, tokens=200, seed=0)
-    assert found.ledger.lost == found.ledger.duplicated == 0, audit.table(found)
+    assert found.audited_tokens >= 200, audit.table(found)
+    assert found.mismatches == 0, audit.table(found)
+    assert found.old_logits_exact_ratio == 1.0
     denied = [p for p in cluster.folder.glob("*/*.log") if "bus_denied" in p.read_text()]
     assert denied == []
