@@ -131,8 +131,8 @@ SYSTEM: dict[str, list[Panel]] = {
             "{{pod}}": of("lagwise_rollout_kv_used_ratio"),
         }),
         Panel("Weight swaps", "s", "Seconds per swap; publication to use.", {
-            "swap": f"{rate('lagwise_rollout_swap_s_total')} / {rate('lagwise_rollout_swaps_total')}",
-            "lag": f"{rate('lagwise_rollout_sync_lag_s_total')} / {rate('lagwise_rollout_swaps_total')}",
+            "swap": f"{rate('lagwise_rollout_swap_seconds_total')} / {rate('lagwise_rollout_swaps_total')}",
+            "lag": f"{rate('lagwise_rollout_sync_lag_seconds_total')} / {rate('lagwise_rollout_swaps_total')}",
         }),
     ],
     "Env agents": [

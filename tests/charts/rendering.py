@@ -57,9 +57,9 @@ def render(
     values: Object | None = None, *examples: Path, release: str = RELEASE,
     namespace: str = NAMESPACE, kube_version: str = "",
 ) -> list[Object]:  # fmt: skip
-    """The objects of `helm template`."""
+    """The objects of `helm template`, shared by all who ask: not to be changed."""
     key = json.dumps(merged(REGISTRY, values or {}), sort_keys=True)
-    return yaml_objects(_render(key, examples, release, namespace, kube_version))
+    return _render(key, examples, release, namespace, kube_version)
 
 
 def render_fails(values: Object) -> str:
@@ -104,13 +104,13 @@ def with_pods(objects: list[Object]) -> list[Object]:
 @lru_cache(maxsize=256)
 def _render(
     key: str, examples: tuple[Path, ...], release: str, namespace: str, kube_version: str
-) -> str:
+) -> list[Object]:
     version = ["--kube-version", kube_version] if kube_version else []
     done = _with_values(json.loads(key), lambda file: helm(
         "template", release, str(CHART), "--namespace", namespace, *version, *_files(examples),
         "-f", file))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return yaml_objects(done.stdout)
 
 
 def _files(examples: tuple[Path, ...]) -> list[str]:
