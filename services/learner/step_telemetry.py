@@ -34,7 +34,12 @@ SCALARS = (
     "version_span_max", "version_span_mean", "mixed_version_ratio", "old_logits_exact_ratio",
     "sampler_mean_d", "sampler_temperature_off", "skipped_steps",
 )  # fmt: skip
-"""Exported as `lagwise_learner_step_<name>`."""
+"""Exported as `lagwise_learner_step_<name>`, where EXPORTED does not spell it out."""
+EXPORTED = {
+    "d_k3_age_slope": "discrepancy_k3_age_slope",
+    "sampler_mean_d": "sampler_mean_discrepancy",
+}
+"""Prometheus' linter takes a lone `d` for days."""
 
 
 def bounds(config: LearnerConfig) -> dict[str, float]:
@@ -88,7 +93,9 @@ class StepTelemetry:
         """Export a step's scalars and per-age means."""
         scalars, labelled = outcome.scalars, self._context.labelled
         self._context.measured |= {
-            f"step_{name}": scalars[name] for name in SCALARS if name in scalars
+            f"step_{EXPORTED.get(name, name)}": scalars[name]
+            for name in SCALARS
+            if name in scalars
         }
         for name in PAIR_SCALARS:
             labelled[f"ratio_{name}", "pair"] = {
