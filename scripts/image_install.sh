@@ -3,7 +3,7 @@
 set -eu
 
 case $SERVICE in
-    learner) extra=learner,s3,nkeys,recorder torch=1 ;;
+    learner) extra=learner,s3,nkeys torch=1 ;;
     rollout | logit-oracle) extra=$SERVICE,s3,nkeys torch=1 ;;
     env-agents) extra=env-agents,nkeys torch=0 ;;
     operator) extra=kube,nkeys torch=0 ;;
