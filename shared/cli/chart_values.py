@@ -99,7 +99,7 @@ class RoleValues(PodValues):
     startupSeconds: int = Field(default=900, ge=30)
     """From the start of the container until it has been ready once; the kubelet then restarts it."""
     terminationGracePeriodSeconds: Annotated[int, Field(ge=10)] | None = None
-    """Default: config.telemetry.drain_s plus 15 s."""
+    """Default: config.telemetry.drain_s plus 15 s; 45 s where a recorder ends after the learner."""
     modelFiles: Literal["all", "config"] = "all"
     """What an hf:// source brings into the pod: `config` leaves the weights out."""
     podDisruptionBudget: BudgetValues = BudgetValues()

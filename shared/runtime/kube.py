@@ -19,6 +19,7 @@ COST = "controller.kubernetes.io/pod-deletion-cost"
 SCALING = "lagwise.dev/scaling"
 """Annotation of the chart's Deployments: the autoscaling mode."""
 TIMEOUT_S = 10.0
+MERGE_PATCH = "application/merge-patch+json"
 
 Json = Mapping[str, Any]
 
@@ -146,7 +147,7 @@ class Kube:
             )
         before = int(found["items"][0]["spec"].get("replicas", 1))
         body = {"spec": {"replicas": replicas}}
-        self._call(
+        self._patch(
             self._apps.patch_namespaced_deployment_scale, metadata["name"], self._namespace, body
         )
         return Scaled(metadata["name"], before, replicas, mode)
@@ -158,23 +159,32 @@ class Kube:
             ConfigError: the API server refuses or does not answer; a pod that is gone is no error.
         """
         body = {"metadata": {"annotations": {COST: str(cost)}}}
-        self._call(self._core.patch_namespaced_pod, pod, self._namespace, body, gone_is_fine=True)
+        self._patch(self._core.patch_namespaced_pod, pod, self._namespace, body, gone_is_fine=True)
+
+    def _patch(self, act: Any, *arguments: Any, gone_is_fine: bool = False) -> None:
+        self._call(act, *arguments, gone_is_fine=gone_is_fine, _content_type=MERGE_PATCH)
 
     def _call(self, act: Any, *arguments: Any, gone_is_fine: bool = False, **options: Any) -> Any:
+        """Call and read the answer ourselves: the client's models refuse what they do not know."""
         exceptions = _package("kubernetes.client.exceptions")
         transport = _package("urllib3.exceptions")
         try:
-            answer = act(*arguments, _request_timeout=TIMEOUT_S, **options)
+            answer = act(
+                *arguments, _request_timeout=TIMEOUT_S, _preload_content=False, **options
+            )
+            status, reason, body = answer.status, answer.reason, answer.data
         except exceptions.ApiException as error:
-            if error.status == 404 and gone_is_fine:
-                return {}
-            raise ConfigError(
-                f"Kubernetes refuses ({error.status} {error.reason}) in namespace "
-                f"{self._namespace}: {_message(error)}"
-            ) from error
+            status, reason, body = error.status, error.reason, error.body
         except transport.HTTPError as error:
             raise ConfigError(f"Kubernetes does not answer: {error}") from error
-        return self._api.sanitize_for_serialization(answer)
+        if status == 404 and gone_is_fine:
+            return {}
+        if status >= 400:
+            raise ConfigError(
+                f"Kubernetes refuses ({status} {reason}) in namespace {self._namespace}: "
+                f"{_message(body)}"
+            )
+        return json.loads(body)
 
 
 def release_selector(release: str, role: str = "") -> str:
@@ -185,9 +195,9 @@ def release_selector(release: str, role: str = "") -> str:
     return f"{selector},app.kubernetes.io/component={role.replace('_', '-')}"
 
 
-def _message(error: Any) -> str:
+def _message(body: str | bytes) -> str:
     try:
-        return str(json.loads(error.body)["message"])
+        return str(json.loads(body)["message"])
     except (TypeError, ValueError, KeyError):
         return "no reason given"
 

@@ -22,6 +22,7 @@ from tests.charts.rendering import NAMESPACE, ROOT, of_kind, render, tool
 pytestmark = [pytest.mark.chart_run, pytest.mark.timeout(420)]
 
 VERSIONS = 24
+RECORDED = Path(__file__).with_name("recorded")
 VALUES = {
     "autoscaling": {"mode": "external"},
     "rollout": {"replicas": None},
@@ -100,6 +101,15 @@ def prometheus(cluster: LocalPods) -> Iterator[Prometheus]:
     server.close()
 
 
+def record(cluster: LocalPods, number: int) -> None:
+    """Keep a scrape of one pod of each role for `test_dashboards.py`."""
+    RECORDED.mkdir(exist_ok=True)
+    for component in ("learner", "rollout", "env-agents", "logit-oracle"):
+        address = cluster.pods[component][0].address_of(9090)
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+            (RECORDED / f"{component}-{number}.txt").write_bytes(answer.read())
+
+
 def ask_prometheus(prometheus: Prometheus) -> None:
     """Every expression of every dashboard and rule has an answer in a run under way."""
     silent = [
@@ -137,11 +147,16 @@ def ask_bus(cluster: LocalPods) -> list[bus_check.Answer]:
 
 
 def test_a_rendered_release_trains_while_rollouts_go_from_two_to_four_to_one(
-    cluster: LocalPods, prometheus: Prometheus
+    cluster: LocalPods, prometheus: Prometheus, request: pytest.FixtureRequest
 ):
     reach(cluster, 3)
+    update = request.config.getoption("--update-golden")
+    if update:
+        record(cluster, 1)
     cluster.scale("rollout", 4)
     until(lambda: cluster.ready("rollout") == 4, 60, "four ready rollouts")
+    if update:
+        record(cluster, 2)
     before = look(cluster).head_version
     reach(cluster, before + 2)
     cluster.scale("rollout", 1)

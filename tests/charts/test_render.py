@@ -271,7 +271,9 @@ def test_the_grace_period_exceeds_the_drain():
         config = {} if drain is None else {"telemetry": {"drain_s": drain}}
         for item in with_pods(render({"config": config})):
             if component_of(item) in ("rollout", "learner", "env-agents", "logit-oracle"):
-                assert pod_spec(item)["terminationGracePeriodSeconds"] == expected
+                # the recorder catches up after the learner has ended
+                beside = 30 if component_of(item) == "learner" else 0
+                assert pod_spec(item)["terminationGracePeriodSeconds"] == expected + beside
 
 
 def test_gpu_roles_never_surge_and_cpu_roles_do():

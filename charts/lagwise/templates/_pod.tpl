@@ -256,11 +256,12 @@ priorityClassName: {{ . }}
 {{- toYaml $resources -}}
 {{- end -}}
 
-{{/* Longer than the drain: the kubelet must not kill what is still handing work back. */}}
+{{/* Longer than the drain: the kubelet must not kill what is still handing work back. The recorder
+     ends after the learner, within the same period: it reads to the streams' ends (15 s at most). */}}
 {{- define "lagwise.graceSeconds" -}}
 {{- $values := index .root.Values .role -}}
 {{- $drain := int (include "lagwise.drainSeconds" .root) -}}
-{{- $grace := int ($values.terminationGracePeriodSeconds | default (add $drain 15)) -}}
+{{- $grace := int ($values.terminationGracePeriodSeconds | default (add $drain (ternary 45 15 (and (eq .role "learner") (ne (include "lagwise.archive" .root) ""))))) -}}
 {{- if le $grace $drain -}}
 {{- fail (printf "%s.terminationGracePeriodSeconds %d: must exceed config.telemetry.drain_s %d" .role $grace $drain) -}}
 {{- end -}}
