@@ -32,7 +32,7 @@ def test_a_service_imports_without_what_only_others_need(service: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_what_the_chart_runs_beside_the_services_needs_no_torch_and_no_kubernetes_to_import() -> None:
+def test_what_the_chart_runs_beside_the_services_imports_without_torch_or_kubernetes() -> None:
     """The bus check runs in the env agents' image, the annotator in one of its own."""
     code = (
         "import sys\n"

@@ -93,9 +93,7 @@ class StepTelemetry:
         """Export a step's scalars and per-age means."""
         scalars, labelled = outcome.scalars, self._context.labelled
         self._context.measured |= {
-            f"step_{EXPORTED.get(name, name)}": scalars[name]
-            for name in SCALARS
-            if name in scalars
+            f"step_{EXPORTED.get(name, name)}": scalars[name] for name in SCALARS if name in scalars
         }
         for name in PAIR_SCALARS:
             labelled[f"ratio_{name}", "pair"] = {

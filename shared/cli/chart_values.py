@@ -97,7 +97,7 @@ class RoleValues(PodValues):
     shmSize: Quantity | Literal[""] = ""
     """Of /dev/shm, out of the pod's memory; empty: the container runtime's 64 MiB."""
     startupSeconds: int = Field(default=900, ge=30)
-    """From the start of the container until it has been ready once; the kubelet then restarts it."""
+    """From the container's start until it has been ready once; the kubelet then restarts it."""
     terminationGracePeriodSeconds: Annotated[int, Field(ge=10)] | None = None
     """Default: config.telemetry.drain_s plus 15 s; 45 s where a recorder ends after the learner."""
     modelFiles: Literal["all", "config"] = "all"
@@ -123,7 +123,7 @@ class LearnerStorage(StorageValues):
 class LearnerValues(RoleValues):
     """The learner: one process; a second one would be fenced."""
 
-    replicas: Literal[1] | None = None
+    replicas: Literal[1] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     nodes: int = Field(default=1, ge=1)
     """Above 1: a LeaderWorkerSet (the operator of that name) instead of a StatefulSet."""
     storage: LearnerStorage = LearnerStorage()

@@ -21,7 +21,9 @@ def pods(kube: Kube, release: str) -> list[PodView]:
     """
     found = kube.pods(release_selector(release))
     if not found:
-        raise ConfigError(f"status: no pod of release {release}: are --release and --namespace right?")
+        raise ConfigError(
+            f"status: no pod of release {release}: are --release and --namespace right?"
+        )
     return found
 
 
@@ -30,8 +32,12 @@ def table(found: Iterable[PodView]) -> str:
     lines: list[str] = []
     for pod in sorted(found, key=lambda pod: (pod.role, pod.name)):
         state = "ready" if pod.ready else f"not ready: {pod.reason}" if pod.reason else "not ready"
-        facts = [f"{pod.gpus} GPU" if pod.gpus else "", f"restarts {pod.restarts}" if pod.restarts else "",
-                 f"cost {pod.cost}" if pod.cost else "", pod.image.rpartition("/")[2]]  # fmt: skip
+        facts = (
+            f"{pod.gpus} GPU" if pod.gpus else "",
+            f"restarts {pod.restarts}" if pod.restarts else "",
+            f"cost {pod.cost}" if pod.cost else "",
+            pod.image.rpartition("/")[2],
+        )
         shown = "  ".join(fact for fact in facts if fact)
         lines.append(f"  {pod.name:<40} {pod.phase:<11} {state}  {shown}")
     pending = [pod for pod in found if pod.phase == "Pending"]

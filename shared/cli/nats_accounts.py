@@ -1,4 +1,4 @@
-"""`python -m shared.cli.nats_accounts --check|--write`: the accounts as the chart and docs show them.
+"""`python -m shared.cli.nats_accounts --check|--write`: the accounts for chart and docs.
 
 The chart reads `files/nats-permissions.json` and puts the run's name for RUN.
 """

@@ -117,9 +117,7 @@ class Kube:
         Raises:
             ConfigError: the API server refuses or does not answer.
         """
-        found = self._call(
-            self._core.list_namespaced_pod, self._namespace, label_selector=selector
-        )
+        found = self._call(self._core.list_namespaced_pod, self._namespace, label_selector=selector)
         return sorted((pod_view(pod) for pod in found["items"]), key=lambda pod: pod.name)
 
     def scale(self, release: str, role: str, replicas: int) -> Scaled:
@@ -169,9 +167,7 @@ class Kube:
         exceptions = _package("kubernetes.client.exceptions")
         transport = _package("urllib3.exceptions")
         try:
-            answer = act(
-                *arguments, _request_timeout=TIMEOUT_S, _preload_content=False, **options
-            )
+            answer = act(*arguments, _request_timeout=TIMEOUT_S, _preload_content=False, **options)
             status, reason, body = answer.status, answer.reason, answer.data
         except exceptions.ApiException as error:
             status, reason, body = error.status, error.reason, error.body

@@ -61,7 +61,9 @@ def parse(source: str) -> HubSource | ClaimSource | FolderSource:
     scheme, separator, rest = source.partition("://")
     if not separator:
         if not source:
-            raise ConfigError("model.source is empty: hf://org/name@revision, pvc://claim/path, /path")
+            raise ConfigError(
+                "model.source is empty: hf://org/name@revision, pvc://claim/path, /path"
+            )
         return FolderSource(source)
     match scheme:
         case "hf":
@@ -70,8 +72,8 @@ def parse(source: str) -> HubSource | ClaimSource | FolderSource:
                 raise ConfigError(f"model.source {source}: write it as hf://org/name@revision")
             if not revision:
                 raise ConfigError(
-                    f"model.source {source}: name a revision (hf://{repository}@<commit>): a moving "
-                    "branch would give two pods two models"
+                    f"model.source {source}: name a revision, hf://{repository}@<commit>: a branch "
+                    "that moves would give two pods two models"
                 )
             return HubSource(repository, revision)
         case "pvc":

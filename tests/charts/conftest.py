@@ -94,7 +94,5 @@ async def dial(guarded: Guarded) -> AsyncIterator[Dial]:
         await bus.close()
 
 
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files anew")

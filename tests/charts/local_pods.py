@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from shared.runtime import nats_server
-
 from tests.charts.rendering import ROOT, Object, component_of, pod_spec
 
 _addresses = count(2)
@@ -158,14 +157,18 @@ class Pod:
                 self.containers.append(Container(self, container))
             else:
                 argv, environment = self.command(container)
-                done = subprocess.run(argv, env=environment, cwd=ROOT, capture_output=True, text=True)
+                done = subprocess.run(
+                    argv, env=environment, cwd=ROOT, capture_output=True, text=True
+                )
                 assert done.returncode == 0, done.stderr
         self.containers += [Container(self, container) for container in self.spec["containers"]]
         self.main = self.containers[-1]
 
     # --- volumes
     def _make_volumes(self) -> dict[str, Path]:
-        claims = {c["metadata"]["name"]: None for c in self.owner["spec"].get("volumeClaimTemplates", [])}
+        claims = {
+            c["metadata"]["name"]: None for c in self.owner["spec"].get("volumeClaimTemplates", [])
+        }
         volumes = {}
         for name in claims:
             volumes[name] = self.cluster.folder / "claims" / f"{name}-{self.name}"
@@ -274,9 +277,7 @@ class LocalPods:
             self.scale(component, replicas.get(component, 1))
 
     def find(self, kind: str, name: str) -> Any:
-        return next(
-            o for o in self.objects if o["kind"] == kind and o["metadata"]["name"] == name
-        )
+        return next(o for o in self.objects if o["kind"] == kind and o["metadata"]["name"] == name)
 
     def scale(self, component: str, replicas: int) -> None:
         """Start pods, or delete the newest ones, all at once."""

@@ -31,8 +31,7 @@ def expressions(board: Path) -> list[tuple[str, str]]:
     """(panel, expression) of a dashboard, as Grafana would send it."""
     found = []
     for panel in json.loads(board.read_text())["panels"]:
-        for target in panel.get("targets", []):
-            found.append((panel["title"], target["expr"]))
+        found += [(panel["title"], target["expr"]) for target in panel.get("targets", [])]
     assert found, board
     return found
 
@@ -47,12 +46,18 @@ def filled_in(expr: str, release: str, namespace: str, window: str) -> str:
 class Prometheus:
     """Scrapes every second."""
 
-    def __init__(self, folder: Path, targets: list[tuple[str, dict[str, str]]], groups: Any) -> None:
+    def __init__(
+        self, folder: Path, targets: list[tuple[str, dict[str, str]]], groups: Any
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rules.yaml").write_text(yaml.safe_dump(groups))
         static = [{"targets": [address], "labels": labels} for address, labels in targets]
         config = {
-            "global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"},
+            "global": {
+                "scrape_interval": "1s",
+                "scrape_timeout": "1s",
+                "evaluation_interval": "1s",
+            },
             "rule_files": ["rules.yaml"],
             "scrape_configs": [{"job_name": "lagwise", "static_configs": static}],
         }

@@ -14,7 +14,6 @@ import pytest
 
 from shared.cli import audit, bus_check, ledger, records, status
 from shared.runtime.sections import BusSection, CommonConfig, RunSection
-
 from tests.charts.local_pods import LocalPods
 from tests.charts.prometheus import DASHBOARDS, Prometheus, expressions, filled_in, rules
 from tests.charts.rendering import NAMESPACE, ROOT, of_kind, render, tool
@@ -134,7 +133,9 @@ def ask_prometheus(prometheus: Prometheus) -> None:
                 text = answer.read()
         except OSError:
             continue  # a rollout that was scaled away
-        done = subprocess.run([tool("promtool"), "check", "metrics"], input=text, capture_output=True)
+        done = subprocess.run(
+            [tool("promtool"), "check", "metrics"], input=text, capture_output=True
+        )
         assert done.returncode == 0, (url, done.stderr.decode())
 
 

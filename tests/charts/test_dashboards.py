@@ -1,7 +1,7 @@
-"""Dashboards: what the code would write; every expression answered by a real Prometheus.
+"""Dashboards: what the code would write; a real Prometheus answers every expression.
 
 The Prometheus scrapes recorded metrics: two scrapes of each service of a real run, ten seconds
-apart (`recorded/`, renewed by `make chart-run` with --update-golden, which also asks live services).
+apart (`recorded/`). `make chart-run` asks live services; with --update-golden it renews them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
 
 def test_the_dashboards_are_fresh():
     done = subprocess.run(
-        [sys.executable, "scripts/dashboards.py", "--check"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "scripts/dashboards.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -112,7 +115,11 @@ def test_a_scrape_passes_prometheus_own_linter(component: str):
 @pytest.mark.parametrize("board", DASHBOARDS, ids=lambda path: path.stem)
 def test_a_board_is_bound_to_one_release_and_says_why_of_each_panel(board: Path):
     content = json.loads(board.read_text())
-    assert {v["name"] for v in content["templating"]["list"]} == {"datasource", "namespace", "release"}
+    assert {v["name"] for v in content["templating"]["list"]} == {
+        "datasource",
+        "namespace",
+        "release",
+    }
     for panel in content["panels"]:
         if panel["type"] == "row":
             continue

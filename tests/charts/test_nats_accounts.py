@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import pytest
 
@@ -18,7 +18,16 @@ pytestmark = pytest.mark.chart
 
 S = Subjects(RUN)
 ALLOWED_APPENDS: dict[Account, set[str]] = {
-    "learner": {"tickets", "terminals", "scores", "journal", "manifests", "chunks", "blobs", "stats"},
+    "learner": {
+        "tickets",
+        "terminals",
+        "scores",
+        "journal",
+        "manifests",
+        "chunks",
+        "blobs",
+        "stats",
+    },
     "rollout": {"blobs"},
     "env_agents": {"terminals", "partials", "blobs"},
     "logit_oracle": {"scores", "blobs"},
@@ -51,11 +60,8 @@ async def test_every_append_that_the_design_does_not_grant_is_denied(learner: Na
         bus = learner if account == "learner" else await dial(account)
         accepted: set[str] = set()
         for stream, subject in SAMPLES.items():
-            try:
+            with suppress(Denied):
                 await bus.append(subject, b"x")
-            except Denied as error:
-                assert subject in str(error)
-            else:
                 accepted.add(stream)
         assert accepted == ALLOWED_APPENDS[account], account
 
@@ -85,7 +91,9 @@ async def test_only_the_learner_creates_and_purges_and_writes_the_control_docume
         await bus.put_control("control", b"{}")
 
 
-async def test_what_rollouts_and_env_agents_say_to_each_other_goes_through(dial: Dial, learner: NatsBus):
+async def test_what_rollouts_and_env_agents_say_to_each_other_goes_through(
+    dial: Dial, learner: NatsBus
+):
     env, rollout = await dial("env_agents"), await dial("rollout")
     heard: asyncio.Queue[bytes] = asyncio.Queue()
 
@@ -174,7 +182,9 @@ async def test_readers_read_their_streams(dial: Dial, learner: NatsBus, account:
     assert not bus.counters["denied"]
 
 
-async def test_followers_fetch_weights_and_everybody_reads_the_control_document(dial: Dial, learner: NatsBus):
+async def test_followers_fetch_weights_and_everybody_reads_the_control_document(
+    dial: Dial, learner: NatsBus
+):
     await learner.append(S.chunk("up1", 0), b"weights")
     await learner.put_control("control", b"document")
     for account in ACCOUNTS:
@@ -228,7 +238,9 @@ async def test_a_wrong_password_gets_nobody_in(guarded: Guarded, tmp_path):
 async def test_another_runs_streams_are_out_of_reach(dial: Dial, learner: NatsBus):
     elsewhere = Subjects("other-run")
     with pytest.raises(Denied):
-        await learner._calls.append(elsewhere.stream("journal"), elsewhere.journal, b"x", None, None)
+        await learner._calls.append(
+            elsewhere.stream("journal"), elsewhere.journal, b"x", None, None
+        )
 
 
 def test_the_table_covers_every_stream():

@@ -47,21 +47,36 @@ PLACED = {
     role: {
         "nodeSelector": {"pool": "gpu"},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {
-            "nodeSelectorTerms": [{"matchExpressions": [{"key": "a", "operator": "Exists"}]}]}}},
-        "topologySpreadConstraints": [{
-            "maxSkew": 1, "topologyKey": "kubernetes.io/hostname",
-            "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {"matchLabels": {"a": "b"}}}],
+        "affinity": {
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {
+                    "nodeSelectorTerms": [
+                        {"matchExpressions": [{"key": "a", "operator": "Exists"}]}
+                    ]
+                }
+            }
+        },
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": "kubernetes.io/hostname",
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": {"a": "b"}},
+            }
+        ],
         "priorityClassName": "high",
         "podLabels": {"team": "rl"},
         "podAnnotations": {"note": "x"},
         "extraEnv": [{"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}],
         "extraVolumes": [{"name": "code", "configMap": {"name": "my-env"}}],
         "extraVolumeMounts": [{"name": "code", "mountPath": "/code"}],
-        "podSpecExtra": {"schedulerName": "mine", "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["a"]}]},
+        "podSpecExtra": {
+            "schedulerName": "mine",
+            "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["a"]}],
+        },
     }
     for role in ("learner", "rollout", "env_agents", "logit_oracle", "nats")
-}  # fmt: skip
+}
 EXTERNAL = {
     "nats": {
         "enabled": False,
@@ -75,21 +90,39 @@ VARIANTS: dict[str, Object] = {
     "placed": merged(GPU, PLACED),
     "monitored": MONITORED,
     "external bus": EXTERNAL,
-    "external bus, passwords": {"nats": {"enabled": False, "external": {
-        "url": "nats://bus", "auth": "password", "secretName": "bus", "userPrefix": "team-"}}},
-    "external bus, open": {"nats": {"enabled": False, "external": {
-        "url": "nats://bus:4222", "auth": "none"}}},
+    "external bus, passwords": {
+        "nats": {
+            "enabled": False,
+            "external": {
+                "url": "nats://bus",
+                "auth": "password",
+                "secretName": "bus",
+                "userPrefix": "team-",
+            },
+        }
+    },
+    "external bus, open": {
+        "nats": {"enabled": False, "external": {"url": "nats://bus:4222", "auth": "none"}}
+    },
     "tls": {"nats": {"tls": {"secretName": "nats-tls"}, "auth": {"existingSecret": "mine"}}},
     "hub": {
         "config": {"model": {"source": "hf://org/name@abc123"}},
-        "huggingface": {"tokenSecret": {"name": "hf"}, "endpoint": "https://mirror", "offline": True},
+        "huggingface": {
+            "tokenSecret": {"name": "hf"},
+            "endpoint": "https://mirror",
+            "offline": True,
+        },
     },
     "hub, shared cache": {
-        "config": {"model": {"source": "hf://org/name@abc123"}}, "modelCache": {"claim": "models"}},
+        "config": {"model": {"source": "hf://org/name@abc123"}},
+        "modelCache": {"claim": "models"},
+    },
     "claim": {"config": {"model": {"source": "pvc://models/qwen/4b"}}},
     "external scaling": {"autoscaling": {"mode": "external"}},
     "hpa": merged(MONITORED, {"autoscaling": {"mode": "hpa", "rollout": {"min": 2, "max": 20}}}),
-    "keda": merged(MONITORED, {"autoscaling": {"mode": "keda", "prometheusAddress": "http://prometheus:9090"}}),
+    "keda": merged(
+        MONITORED, {"autoscaling": {"mode": "keda", "prometheusAddress": "http://prometheus:9090"}}
+    ),
     "several nodes": merged(GPU, {"learner": {"nodes": 2, "storage": {"existingClaim": "run"}}}),
     "deletion cost": {"deletionCost": {"enabled": True}},
     "bare": {
@@ -98,10 +131,13 @@ VARIANTS: dict[str, Object] = {
         "config": {"run": {"archive": False}},
         "rollout": {"podDisruptionBudget": {"enabled": False}, "replicas": 0, "shmSize": ""},
     },
-    "names": {"fullnameOverride": "custom", "commonLabels": {"cost": "rl"},
-              "image": {"pullSecrets": ["pull"]},
-              "rollout": {"image": {"repository": "other/rollout", "digest": "sha256:" + "a" * 64}}},
-}  # fmt: skip
+    "names": {
+        "fullnameOverride": "custom",
+        "commonLabels": {"cost": "rl"},
+        "image": {"pullSecrets": ["pull"]},
+        "rollout": {"image": {"repository": "other/rollout", "digest": "sha256:" + "a" * 64}},
+    },
+}
 CASES = list(itertools.product(VARIANTS, ["", *(str(e.relative_to(ROOT)) for e in EXAMPLES[:1])]))
 
 
@@ -148,8 +184,12 @@ def test_an_older_kubernetes_is_refused():
 
 
 def test_custom_resources_are_the_listed_kinds_and_all_of_them_occur():
-    known = re.compile(r"v1|apps/v1|policy/v1|autoscaling/v2|(networking|rbac\.authorization)\.k8s\.io/v1")
-    found = {(o["apiVersion"], o["kind"]) for _, o in every() if not known.fullmatch(o["apiVersion"])}
+    known = re.compile(
+        r"v1|apps/v1|policy/v1|autoscaling/v2|(networking|rbac\.authorization)\.k8s\.io/v1"
+    )
+    found = {
+        (o["apiVersion"], o["kind"]) for _, o in every() if not known.fullmatch(o["apiVersion"])
+    }
     assert found == ALLOWED_CRDS
 
 
@@ -179,7 +219,9 @@ def test_selectors_tell_releases_and_roles_apart():
                 if item["kind"] in ("Deployment", "StatefulSet"):
                     labels = item["spec"]["template"]["metadata"]["labels"]
                     pods.append((release, component_of(item), labels))
-                    selectors.append((release, component_of(item), item["spec"]["selector"]["matchLabels"]))
+                    selectors.append(
+                        (release, component_of(item), item["spec"]["selector"]["matchLabels"])
+                    )
                 elif item["kind"] in ("PodDisruptionBudget", "NetworkPolicy"):
                     found = item["spec"].get("selector") or item["spec"]["podSelector"]
                     selectors.append((release, component_of(item), found["matchLabels"]))
@@ -203,9 +245,9 @@ def test_two_releases_share_no_object_and_no_namespace_is_written():
         assert not a & b
         for item in rendered(variant):
             assert "namespace" not in item["metadata"]
-    assert "namespace" not in (CHART / "values.yaml").read_text().replace("namespaceSelector", "").replace(
-        "every namespace", ""
-    )
+    assert "namespace" not in (CHART / "values.yaml").read_text().replace(
+        "namespaceSelector", ""
+    ).replace("every namespace", "")
 
 
 def test_names_stay_within_63_characters_for_a_long_release():
@@ -283,14 +325,21 @@ def test_gpu_roles_never_surge_and_cpu_roles_do():
         assert rolling == {"maxSurge": 0, "maxUnavailable": 1}
     rolling = of_kind(gpu, "Deployment", "env-agents")[0]["spec"]["strategy"]["rollingUpdate"]
     assert rolling["maxUnavailable"] == 0
-    assert of_kind(cpu, "Deployment", "rollout")[0]["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == "25%"
+    assert (
+        of_kind(cpu, "Deployment", "rollout")[0]["spec"]["strategy"]["rollingUpdate"]["maxSurge"]
+        == "25%"
+    )
 
 
 def test_gpus_are_requested_and_limited_as_integers():
     for item in with_pods(rendered("gpu")):
         if component_of(item) in ("learner", "rollout", "logit-oracle"):
             resources = pod_spec(item)["containers"][0]["resources"]
-            assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == 2
+            assert (
+                resources["limits"]["nvidia.com/gpu"]
+                == resources["requests"]["nvidia.com/gpu"]
+                == 2
+            )
 
 
 def test_budgets_let_every_drain_go_on():
@@ -305,19 +354,24 @@ def test_a_change_of_the_run_restarts_the_pods_and_a_change_of_placement_leaves_
     def sums(values: Object) -> dict[str, str]:
         return {
             component_of(o): o["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
-            for o in render(values) if o["kind"] in ("Deployment", "StatefulSet")
-        }  # fmt: skip
+            for o in render(values)
+            if o["kind"] in ("Deployment", "StatefulSet")
+        }
 
     before = sums({})
     assert sums({}) == before  # random passwords are not part of it
     changed = sums({"config": {"learner": {"optimizer": {"lr": 1e-5}}}})
-    assert all(changed[c] != before[c] for c in ("learner", "rollout", "env-agents", "logit-oracle"))
+    assert all(
+        changed[c] != before[c] for c in ("learner", "rollout", "env-agents", "logit-oracle")
+    )
     assert changed["nats"] == before["nats"]
     assert sums({"nats": {"maxPayload": "4MB"}})["nats"] != before["nats"]
 
 
-@pytest.mark.parametrize(("variant", "fixed"), [
-    ("defaults", True), ("external scaling", False), ("hpa", False), ("keda", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("variant", "fixed"),
+    [("defaults", True), ("external scaling", False), ("hpa", False), ("keda", False)],
+)
 def test_replicas_are_written_only_when_nobody_else_decides(variant: str, fixed: bool):
     objects = rendered(variant)
     for role in ("rollout", "env-agents", "logit-oracle"):
@@ -361,13 +415,22 @@ def test_pods_pass_the_restricted_standard_and_write_only_to_volumes():
         assert all("hostPath" not in volume for volume in spec["volumes"])
         for container in containers(item):
             assert container["securityContext"] == {
-                "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
-                "runAsNonRoot": True, "capabilities": {"drop": ["ALL"]},
-            }  # fmt: skip
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "runAsNonRoot": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
             environment = {e["name"]: e.get("value", "") for e in container.get("env", [])}
             if container["command"][0] == "python":
-                caches = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR",
-                          "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT")  # fmt: skip
+                caches = (
+                    "HOME",
+                    "XDG_CACHE_HOME",
+                    "HF_HOME",
+                    "NUMBA_CACHE_DIR",
+                    "TRITON_CACHE_DIR",
+                    "TORCHINDUCTOR_CACHE_DIR",
+                    "VLLM_CACHE_ROOT",
+                )
                 assert all(environment[name].startswith("/tmp") for name in caches)
                 assert "/tmp" in {m["mountPath"] for m in container["volumeMounts"]}
 
@@ -376,7 +439,9 @@ def test_only_the_annotator_has_an_api_token():
     for variant in VARIANTS:
         objects = rendered(variant)
         with_token = {
-            component_of(o) for o in with_pods(objects) if pod_spec(o)["automountServiceAccountToken"]
+            component_of(o)
+            for o in with_pods(objects)
+            if pod_spec(o)["automountServiceAccountToken"]
         }
         assert with_token == ({"operator"} if variant == "deletion cost" else set())
         for account in of_kind(objects, "ServiceAccount"):
@@ -384,8 +449,9 @@ def test_only_the_annotator_has_an_api_token():
         roles = of_kind(objects, "Role")
         assert [r["rules"] for r in roles] == (
             [[{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "patch"]}]]
-            if variant == "deletion cost" else []
-        )  # fmt: skip
+            if variant == "deletion cost"
+            else []
+        )
 
 
 def test_every_pod_runs_under_an_account_that_the_chart_makes():
@@ -409,9 +475,11 @@ def test_each_role_mounts_its_own_bus_secret_and_no_other():
         for item in with_pods(rendered(variant)):
             role = component_of(item).replace("-", "_")
             keys = {
-                i["key"].removesuffix(".creds") for v in pod_spec(item)["volumes"]
-                if v["name"].startswith("bus-") and v["name"] != "bus-ca" for i in v["secret"]["items"]
-            }  # fmt: skip
+                i["key"].removesuffix(".creds")
+                for v in pod_spec(item)["volumes"]
+                if v["name"].startswith("bus-") and v["name"] != "bus-ca"
+                for i in v["secret"]["items"]
+            }
             expected = {"learner": {"learner", "recorder"}, "nats": set(), "check": {"operator"}}
             assert keys == expected.get(role, {role})
 
@@ -424,7 +492,9 @@ def test_a_policy_per_role_lets_through_the_bus_and_scraping_only():
         assert set(spec["policyTypes"]) == {"Ingress", "Egress"}
         ports = {p["port"] for r in spec["egress"] for p in r["ports"]}
         assert ports == (set() if role == "nats" else {53, 4222})
-    hub = of_kind(render({"config": {"model": {"source": "hf://org/name@abc"}}}), "NetworkPolicy", "rollout")
+    hub = of_kind(
+        render({"config": {"model": {"source": "hf://org/name@abc"}}}), "NetworkPolicy", "rollout"
+    )
     assert 443 in {p["port"] for r in hub[0]["spec"]["egress"] for p in r["ports"]}
     bus = of_kind(rendered("external bus"), "NetworkPolicy", "rollout")
     assert {p["port"] for r in bus[0]["spec"]["egress"] for p in r["ports"]} == {53, 4443}
@@ -439,9 +509,17 @@ def test_a_hub_model_is_fetched_once_before_the_service_and_read_from_the_folder
     for role, files in (("learner", "all"), ("env-agents", "config")):
         item = next(o for o in with_pods(objects) if component_of(o) == role)
         fetch = pod_spec(item)["initContainers"][0]
-        assert fetch["args"] == ["hf://org/name@abc123", "/models/org/name/abc123", "--files", files]
+        assert fetch["args"] == [
+            "hf://org/name@abc123",
+            "/models/org/name/abc123",
+            "--files",
+            files,
+        ]
         environment = {e["name"]: e for e in fetch["env"]}
-        assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hf", "key": "token"}
+        assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {
+            "name": "hf",
+            "key": "token",
+        }
         assert environment["HF_HUB_OFFLINE"]["value"] == "1"
         main = {e["name"]: e for e in pod_spec(item)["containers"][0]["env"]}
         assert "HF_TOKEN" not in main
@@ -464,8 +542,17 @@ def test_a_claim_is_mounted_read_only_and_fetched_by_nobody():
 # --- what must not render
 def test_optional_objects_are_absent_by_default():
     kinds = {o["kind"] for o in rendered("defaults")}
-    assert not kinds & {"PodMonitor", "PrometheusRule", "ScaledObject", "HorizontalPodAutoscaler",
-                        "Role", "RoleBinding", "LeaderWorkerSet", "Ingress", "ClusterRole"}  # fmt: skip
+    assert not kinds & {
+        "PodMonitor",
+        "PrometheusRule",
+        "ScaledObject",
+        "HorizontalPodAutoscaler",
+        "Role",
+        "RoleBinding",
+        "LeaderWorkerSet",
+        "Ingress",
+        "ClusterRole",
+    }
     learner = of_kind(rendered("bare"), "StatefulSet", "learner")[0]
     assert "initContainers" not in pod_spec(learner)
     assert of_kind(rendered("bare"), "Deployment", "rollout")[0]["spec"]["replicas"] == 0
@@ -474,7 +561,9 @@ def test_optional_objects_are_absent_by_default():
 
 
 def test_large_integers_reach_the_services_as_integers():
-    objects = render({"config": {"bus": {"max_stream_bytes": 26843545600}, "run": {"seed": 1000000}}})
+    objects = render(
+        {"config": {"bus": {"max_stream_bytes": 26843545600}, "run": {"seed": 1000000}}}
+    )
     text = of_kind(objects, "ConfigMap", "config")[0]["data"]["values.yaml"]
     assert "26843545600" in text
     assert '"seed": 1000000' in text

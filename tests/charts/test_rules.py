@@ -21,33 +21,84 @@ TRAINING = {"lagwise_learner_policy_version": "3x200", "lagwise_learner_target_v
 ALERTS: dict[str, tuple[dict[str, str], dict[str, str], float, float]] = {
     # name: series while in trouble that then ends, labels it adds, minute in trouble, minute after
     "LagwiseStalenessAtBound": (
-        {"lagwise_learner_step_staleness_mean": "3.9x80 2x80", "lagwise_learner_staleness_bound": "4x160"},
-        {}, 15, 25),
+        {
+            "lagwise_learner_step_staleness_mean": "3.9x80 2x80",
+            "lagwise_learner_staleness_bound": "4x160",
+        },
+        {},
+        15,
+        25,
+    ),
     "LagwiseOracleBacklog": (
-        {"lagwise_learner_unscored_trajectories": "100x100 0x100",
-         "lagwise_logit_oracle_busy_seconds_total": "0+15x100 1500+0x100"}, {}, 20, 40),
+        {
+            "lagwise_learner_unscored_trajectories": "100x100 0x100",
+            "lagwise_logit_oracle_busy_seconds_total": "0+15x100 1500+0x100",
+        },
+        {},
+        20,
+        40,
+    ),
     "LagwiseInexactOldLogits": (
-        {"lagwise_learner_step_old_logits_exact_ratio": "0.98x40 1x40", "lagwise_learner_exact_route": "1x80"},
-        {}, 5, 15),
-    "LagwiseCanaryFailed": ({"lagwise_logit_oracle_canary_failures_total": "0x10 2x200"}, {}, 6, 30),
+        {
+            "lagwise_learner_step_old_logits_exact_ratio": "0.98x40 1x40",
+            "lagwise_learner_exact_route": "1x80",
+        },
+        {},
+        5,
+        15,
+    ),
+    "LagwiseCanaryFailed": (
+        {"lagwise_logit_oracle_canary_failures_total": "0x10 2x200"},
+        {},
+        6,
+        30,
+    ),
     "LagwiseLearnerIdle": (
-        {"lagwise_learner_busy_seconds_total": "0+3x100 300+14x100", **TRAINING}, {}, 24, 45),
+        {"lagwise_learner_busy_seconds_total": "0+3x100 300+14x100", **TRAINING},
+        {},
+        24,
+        45,
+    ),
     "LagwiseRolloutsIdle": (
-        {"lagwise_rollout_busy_seconds_total": "0+1x120 120+14x100", **TRAINING}, {}, 29, 50),
+        {"lagwise_rollout_busy_seconds_total": "0+1x120 120+14x100", **TRAINING},
+        {},
+        29,
+        50,
+    ),
     "LagwiseNoNewVersion": (
-        {"lagwise_learner_policy_version": "3x120 4+1x80", "lagwise_learner_target_version": "100x200"},
-        {}, 28, 40),
+        {
+            "lagwise_learner_policy_version": "3x120 4+1x80",
+            "lagwise_learner_target_version": "100x200",
+        },
+        {},
+        28,
+        40,
+    ),
     "LagwiseStreamFull": (
-        {'lagwise_learner_stream_bytes{stream="chunks"}': "90x40 10x40",
-         "lagwise_learner_stream_limit_bytes": "100x80"}, {"stream": "chunks"}, 5, 15),
+        {
+            'lagwise_learner_stream_bytes{stream="chunks"}': "90x40 10x40",
+            "lagwise_learner_stream_limit_bytes": "100x80",
+        },
+        {"stream": "chunks"},
+        5,
+        15,
+    ),
     "LagwiseDeadLetters": (
         {'lagwise_rollout_dead_letters_total{component="rollout"}': "0x10 3x200"},
-        {"component": "rollout"}, 6, 30),
+        {"component": "rollout"},
+        6,
+        30,
+    ),
     "LagwiseServiceDown": (
-        {'lagwise_logit_oracle_ready{component="logit-oracle",pod="a"}': "0x80 1x40",
-         'lagwise_logit_oracle_ready{component="logit-oracle",pod="b"}': "0x120"},
-        {"component": "logit-oracle"}, 15, 25),
-}  # fmt: skip
+        {
+            'lagwise_logit_oracle_ready{component="logit-oracle",pod="a"}': "0x80 1x40",
+            'lagwise_logit_oracle_ready{component="logit-oracle",pod="b"}': "0x120",
+        },
+        {"component": "logit-oracle"},
+        15,
+        25,
+    ),
+}
 
 
 def write_rules(folder: Path) -> Path:
@@ -57,7 +108,9 @@ def write_rules(folder: Path) -> Path:
 
 
 def promtool(*arguments: str) -> None:
-    done = subprocess.run([tool("promtool"), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [tool("promtool"), *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -92,18 +145,27 @@ def case(alert: str, folder: Path, *, swap: bool = False) -> Path:
     tests = {
         "rule_files": [str(write_rules(folder))],
         "evaluation_interval": "15s",
-        "tests": [{
-            "interval": "15s",
-            "input_series": [{"series": series(n), "values": v} for n, v in given.items()],
-            "promql_expr_test": [
-                {"expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing",'
-                         + ",".join(f'{k}="{v}"' for k, v in labels.items()) + "})",
-                 "eval_time": f"{bad_minute}m", "exp_samples": [{"labels": "{}", "value": 1}]},
-                {"expr": f'ALERTS{{alertname="{alert}",alertstate="firing"}}',
-                 "eval_time": f"{good_minute}m", "exp_samples": []},
-            ],
-        }],
-    }  # fmt: skip
+        "tests": [
+            {
+                "interval": "15s",
+                "input_series": [{"series": series(n), "values": v} for n, v in given.items()],
+                "promql_expr_test": [
+                    {
+                        "expr": f'count(ALERTS{{alertname="{alert}",alertstate="firing",'
+                        + ",".join(f'{k}="{v}"' for k, v in labels.items())
+                        + "})",
+                        "eval_time": f"{bad_minute}m",
+                        "exp_samples": [{"labels": "{}", "value": 1}],
+                    },
+                    {
+                        "expr": f'ALERTS{{alertname="{alert}",alertstate="firing"}}',
+                        "eval_time": f"{good_minute}m",
+                        "exp_samples": [],
+                    },
+                ],
+            }
+        ],
+    }
     path = folder / "case.yaml"
     path.write_text(yaml.safe_dump(tests))
     return path

@@ -20,14 +20,26 @@ from shared.runtime.kube import COST, Kube, pod_view, release_selector
 
 def pod(name: str, role: str = "rollout", **changes: Any) -> dict[str, Any]:
     made: dict[str, Any] = {
-        "metadata": {"name": name, "labels": {"app.kubernetes.io/component": role,
-                                              "app.kubernetes.io/instance": "r"}},
-        "spec": {"containers": [{"name": role, "image": "registry.example.com/lagwise-rollout:0.1.0",
-                                 "resources": {"limits": {"nvidia.com/gpu": "2", "memory": "1Gi"}}}],
-                 "nodeName": "node-1"},
-        "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}],
-                   "containerStatuses": [{"restartCount": 2, "state": {"running": {}}}]},
-    }  # fmt: skip
+        "metadata": {
+            "name": name,
+            "labels": {"app.kubernetes.io/component": role, "app.kubernetes.io/instance": "r"},
+        },
+        "spec": {
+            "containers": [
+                {
+                    "name": role,
+                    "image": "registry.example.com/lagwise-rollout:0.1.0",
+                    "resources": {"limits": {"nvidia.com/gpu": "2", "memory": "1Gi"}},
+                }
+            ],
+            "nodeName": "node-1",
+        },
+        "status": {
+            "phase": "Running",
+            "conditions": [{"type": "Ready", "status": "True"}],
+            "containerStatuses": [{"restartCount": 2, "state": {"running": {}}}],
+        },
+    }
     for key, value in changes.items():
         made[key] = {**made[key], **value}
     return made
@@ -35,16 +47,30 @@ def pod(name: str, role: str = "rollout", **changes: Any) -> dict[str, Any]:
 
 PENDING = pod(
     "r-rollout-2",
-    status={"phase": "Pending", "containerStatuses": None, "conditions": [
-        {"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
-         "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."}]},
-)  # fmt: skip
+    status={
+        "phase": "Pending",
+        "containerStatuses": None,
+        "conditions": [
+            {
+                "type": "PodScheduled",
+                "status": "False",
+                "reason": "Unschedulable",
+                "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+            }
+        ],
+    },
+)
 
 
 def test_a_running_pod_shows_role_gpus_image_and_restarts():
     view = pod_view(pod("r-1", "env-agents"))
     assert (view.role, view.phase, view.ready, view.gpus, view.restarts) == (
-        "env_agents", "Running", True, 2, 2)  # fmt: skip
+        "env_agents",
+        "Running",
+        True,
+        2,
+        2,
+    )
     assert view.reason == ""
 
 
@@ -88,9 +114,12 @@ class ApiServer:
     def __init__(self) -> None:
         self.pods = [pod("r-rollout-1"), PENDING]
         self.deployment: dict[str, Any] = {
-            "metadata": {"name": "r-lagwise-rollout", "annotations": {"lagwise.dev/scaling": "external"}},
+            "metadata": {
+                "name": "r-lagwise-rollout",
+                "annotations": {"lagwise.dev/scaling": "external"},
+            },
             "spec": {"replicas": 2},
-        }  # fmt: skip
+        }
         self.refuse = 0
         self.seen: list[tuple[str, str, Any]] = []
         outer = self

@@ -48,7 +48,7 @@ def test_three_forms_are_read(source: str, expected: object):
     ],
 )
 def test_anything_else_is_refused_with_an_example(source: str, said: str):
-    with pytest.raises(ConfigError, match="model.source") as caught:
+    with pytest.raises(ConfigError, match=r"model\.source") as caught:
         parse(source)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -68,7 +68,7 @@ def test_a_missing_or_empty_file_is_named_with_its_key(
 def test_something_that_is_no_certificate_is_refused(tmp_path: Path):
     path = tmp_path / "ca.crt"
     path.write_text("not a certificate")
-    with pytest.raises(ConfigError, match="bus.tls_ca_file"):
+    with pytest.raises(ConfigError, match=r"bus\.tls_ca_file"):
         read_access(BusSection(tls_ca_file=str(path)))
 
 
@@ -78,7 +78,8 @@ def certificate(folder: Path, name: str) -> tuple[Path, Path]:
     assert openssl, "openssl is missing: apt-get install openssl"
     key, crt = folder / f"{name}.key", folder / f"{name}.crt"
     subprocess.run(
-        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=nats",
+        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=nats",
          "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(crt)],
         check=True, capture_output=True,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.error
 import urllib.request
 
 import pytest
@@ -107,8 +108,8 @@ def test_the_startup_probe_turns_once_and_the_readiness_probe_goes_back_and_fort
         server.close()
 
 
-def test_seconds_are_spelled_out_for_prometheus(memory_bus):
-    context = make_context(memory_bus)
+async def test_seconds_are_spelled_out_for_prometheus(memory_bus):
+    context = Context("logit_oracle", "o1", "i1", memory_bus, Log("logit_oracle"))
     register(context, context.registry)
     context.count("swap_s", 2.5)
     context.gauges["wait_s"] = 1.0
