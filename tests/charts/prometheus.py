@@ -50,7 +50,9 @@ class Prometheus:
         self, folder: Path, targets: list[tuple[str, dict[str, str]]], groups: Any
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "rules.yaml").write_text(yaml.safe_dump(groups))
+        # as rendered, but evaluated at once: each group waits for a random part of its interval
+        quick = {"groups": [{**group, "interval": "1s"} for group in groups["groups"]]}
+        (folder / "rules.yaml").write_text(yaml.safe_dump(quick))
         static = [{"targets": [address], "labels": labels} for address, labels in targets]
         config = {
             "global": {

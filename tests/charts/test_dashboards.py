@@ -24,6 +24,7 @@ pytestmark = pytest.mark.chart
 
 RECORDED = Path(__file__).with_name("recorded")
 COMPONENTS = ("learner", "rollout", "env-agents", "logit-oracle")
+ALL_UP = "on (release, namespace) count by (release, namespace) (up == 1) == 4"
 MAY_BE_SILENT = ("retries", "resumed")
 """Counters that appear with their first event."""
 
@@ -60,12 +61,18 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         for component, replay in replays.items()
     ]  # fmt: skip
     server = Prometheus(tmp_path_factory.mktemp("prometheus"), targets, rules())
-    server.until("lagwise_rollout_wanted and count(up == 1) by (release, namespace) == 4", 60)
-    yield server
-    server.close()
-    for replay in replays.values():
-        replay.server.shutdown()
-        replay.server.server_close()
+    try:
+        server.until(f"lagwise_rollout_wanted and {ALL_UP}", 60)
+        for group in rules()["groups"]:
+            for rule in group["rules"]:
+                if "record" in rule:
+                    server.until(rule["record"], 30)
+        yield server
+    finally:
+        server.close()
+        for replay in replays.values():
+            replay.server.shutdown()
+            replay.server.server_close()
 
 
 def test_the_dashboards_are_fresh():

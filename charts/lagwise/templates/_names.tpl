@@ -52,7 +52,7 @@ labels:
 {{- define "lagwise.image" -}}
 {{- $image := .root.Values.image -}}
 {{- $own := (index .root.Values (.imageOf | default .role)).image | default dict -}}
-{{- $component := .imageOf | default .role | replace "_" "-" -}}
+{{- $component := .imageOf | default .role | replace "_" "-" | replace "deletionCost" "operator" -}}
 {{- $repository := $own.repository | default (printf "%s/%s-%s" $image.registry $image.prefix $component) -}}
 {{- if $own.digest -}}
 {{- printf "%s@%s" $repository $own.digest -}}
