@@ -19,7 +19,6 @@ COST = "controller.kubernetes.io/pod-deletion-cost"
 SCALING = "lagwise.dev/scaling"
 """Annotation of the chart's Deployments: the autoscaling mode."""
 TIMEOUT_S = 10.0
-MERGE_PATCH = "application/merge-patch+json"
 
 Json = Mapping[str, Any]
 
@@ -145,7 +144,7 @@ class Kube:
             )
         before = int(found["items"][0]["spec"].get("replicas", 1))
         body = {"spec": {"replicas": replicas}}
-        self._patch(
+        self._call(
             self._apps.patch_namespaced_deployment_scale, metadata["name"], self._namespace, body
         )
         return Scaled(metadata["name"], before, replicas, mode)
@@ -157,10 +156,7 @@ class Kube:
             ConfigError: the API server refuses or does not answer; a pod that is gone is no error.
         """
         body = {"metadata": {"annotations": {COST: str(cost)}}}
-        self._patch(self._core.patch_namespaced_pod, pod, self._namespace, body, gone_is_fine=True)
-
-    def _patch(self, act: Any, *arguments: Any, gone_is_fine: bool = False) -> None:
-        self._call(act, *arguments, gone_is_fine=gone_is_fine, _content_type=MERGE_PATCH)
+        self._call(self._core.patch_namespaced_pod, pod, self._namespace, body, gone_is_fine=True)
 
     def _call(self, act: Any, *arguments: Any, gone_is_fine: bool = False, **options: Any) -> Any:
         """Call and read the answer ourselves: the client's models refuse what they do not know."""
