@@ -47,7 +47,11 @@ def pip_calls(service: str, tmp_path: Path, torch: str = "cpu") -> tuple[str, st
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SERVICE": service,
                    "TORCH": torch, "TORCH_INDEX": "https://index.example.com"}  # fmt: skip
     done = subprocess.run(
-        ["sh", "scripts/image_install.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
+        ["sh", "scripts/image_install.sh"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return (tmp_path / "calls").read_text(), (tmp_path / "wanted").read_text()
@@ -74,7 +78,11 @@ def test_a_cuda_variant_takes_torch_from_its_own_index(tmp_path: Path):
 def test_an_unknown_service_is_refused_by_name():
     environment = {**os.environ, "SERVICE": "rolout", "TORCH": "cpu", "TORCH_INDEX": "x"}
     done = subprocess.run(
-        ["sh", "scripts/image_install.sh"], cwd=ROOT, env=environment, capture_output=True, text=True
+        ["sh", "scripts/image_install.sh"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert "SERVICE=rolout" in done.stderr
@@ -108,7 +116,10 @@ def test_pushing_needs_a_registry_and_refuses_latest(tmp_path: Path):
     engine.chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if k not in ("REGISTRY", "TAG")}
     environment = {**clean, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for extra, said in (({}, "REGISTRY is not set"), ({"REGISTRY": "r", "TAG": "latest"}, "latest")):
+    for extra, said in (
+        ({}, "REGISTRY is not set"),
+        ({"REGISTRY": "r", "TAG": "latest"}, "latest"),
+    ):
         done = subprocess.run(
             ["scripts/images.sh", "push"], cwd=ROOT, env={**environment, **extra},
             capture_output=True, text=True,

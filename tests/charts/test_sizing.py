@@ -90,7 +90,9 @@ def test_the_table_in_the_docs_is_this_arithmetic():
             "keyframe": size * 2 * 0.68 / 1e9,
             "delta per version, lr 1e-6": size * 2 * 0.0082 / 1e6,
         }
-        rows = {row.split("|")[1].strip(): row.split("|") for row in text.splitlines() if "|" in row}
+        rows = {
+            row.split("|")[1].strip(): row.split("|") for row in text.splitlines() if "|" in row
+        }
         for what, value in expected.items():
             stated = float(re.findall(r"[\d.]+", rows[what][column])[0])
             assert stated == pytest.approx(value, rel=0.02), (name, what)
