@@ -116,13 +116,13 @@ def check_model_directory(values: Values) -> None:
     common = values.common()
     if "://" in common.model.source:
         raise ConfigError(
-            f"config file {values.path}: `model.source`: {common.model.source} is for a cluster; here "
-            "fetch it (python -m shared.runtime.model_source SOURCE FOLDER) and name the folder"
+            f"config file {values.path}: `model.source`: {common.model.source} is for a cluster; "
+            "here fetch it (python -m shared.runtime.model_source SOURCE FOLDER), name the folder"
         )
     if not common.run.archive:
         raise ConfigError(
-            f"config file {values.path}: `run.archive`: must be true here: the report and the audit "
-            "of `lagwise up` read the archive (--set run.archive=true)"
+            f"config file {values.path}: `run.archive`: must be true here: report and audit of "
+            "`lagwise up` read the archive (--set run.archive=true)"
         )
     source = Path(common.model.source)
     if not (source / "config.json").is_file():

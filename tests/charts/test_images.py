@@ -41,8 +41,11 @@ def test_every_image_that_the_chart_names_is_built():
 def pip_calls(service: str, tmp_path: Path, torch: str = "cpu") -> tuple[str, str]:
     """(what pip is asked for, what it is asked to install), with pip replaced by a recorder."""
     pip = tmp_path / "pip"
-    pip.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n'
-                   f'for a; do case $a in /tmp/req*) cat "$a" >{tmp_path}/wanted;; esac; done\n')  # fmt: skip
+    pip.write_text(
+        "#!/bin/sh\n"
+        f'echo "$@" >>{tmp_path}/calls\n'
+        f'for a; do case $a in /tmp/req*) cat "$a" >{tmp_path}/wanted;; esac; done\n'
+    )
     pip.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SERVICE": service,
                    "TORCH": torch, "TORCH_INDEX": "https://index.example.com"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The sized examples: both architectures are built, and the arithmetic of the docs is recomputed."""
+"""The sized examples: both architectures are built, the docs' arithmetic is recomputed."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_table_in_the_docs_is_this_arithmetic():
     for column, name in ((3, "qwen3-4b"), (4, "qwen3-30b-a3b")):
         model = build(name)
         size, config = num_parameters(model), model.config
-        kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2  # type: ignore
+        kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2  # type: ignore[union-attr]
         expected = {
             "weights W": size * 2 / 1e9,
             "learner, all GPUs together": size * LEARNER_BYTES / 1e9,
