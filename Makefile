@@ -13,8 +13,13 @@ RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PA
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 S3 := $(VENV)/.installed-s3
+CHART := $(VENV)/.installed-chart
+TOOLS := .tools/.ready
+RELEASE_NAME ?= lagwise-test
+NAMESPACE ?= lagwise-test
 
-.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean
+.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean \
+	tools chart chart-run chart-package generated images push test-images test-cluster
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -47,7 +52,7 @@ bench-routes: $(DEMO) ## every old-logit route against the exact answer: hours, 
 	$(RUN) $(BIN)/python -m shared.cli.bench_routes $(ROUTES_ARGS)
 
 test: $(DEV) ## the default suite, without the kill matrix
-	$(RUN) $(BIN)/python -m pytest -m "not chaos" -n $(TEST_JOBS) $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -m "not chaos and not chart and not chart_run" -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 $(S3): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) s3-test
@@ -55,6 +60,43 @@ $(S3): $(DEV)
 
 test-s3: $(S3) ## the keyframe store against an S3-compatible server
 	$(RUN) $(BIN)/python -m pytest tests/weights/keyframe_store $(PYTEST_ARGS)
+
+$(CHART): $(DEV)
+	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) chart
+	@touch $@
+
+$(TOOLS): scripts/tools.sh
+	@PYTHON=$(PYTHON) scripts/tools.sh
+	@touch $@
+
+tools: $(TOOLS) ## fetch helm, kubectl, prometheus and promtool into .tools/
+
+chart: $(CHART) $(TOOLS) ## the Helm chart: lint, render, validate, accounts, rules, dashboards
+	$(RUN) $(BIN)/python -m pytest tests/charts -m chart $(PYTEST_ARGS)
+
+chart-run: $(CHART) $(TOOLS) ## a rendered release as local processes: train, scale 2-4-1, lose nothing
+	$(RUN) $(BIN)/python -m pytest tests/charts -m chart_run $(PYTEST_ARGS)
+
+chart-package: $(TOOLS) ## dist/lagwise-VERSION.tgz
+	.tools/helm package charts/lagwise --destination dist
+
+generated: $(CHART) ## renew what code writes: schema, NATS accounts, dashboards, docs/wire.md
+	$(BIN)/python -m shared.cli.wire_doc --write
+	$(BIN)/python -m shared.cli.values_schema --write
+	$(BIN)/python -m shared.cli.nats_accounts --write
+	$(BIN)/python scripts/dashboards.py --write
+
+images: ## build the images (REGISTRY=, TAG=, BASE_IMAGE=, TORCH=); `make images push REGISTRY=...`
+	$(if $(filter push,$(MAKECMDGOALS)),@:,scripts/images.sh build)
+
+push: ## build and push the images to REGISTRY
+	scripts/images.sh push
+
+test-images: ## build the images and run them hardened (docker or podman)
+	scripts/images.sh test
+
+test-cluster: $(CHART) $(TOOLS) ## install, upgrade, scale, uninstall on a real cluster (KUBECONFIG=, REGISTRY=)
+	$(RUN) RELEASE=$(RELEASE_NAME) NAMESPACE=$(NAMESPACE) scripts/test_cluster.sh
 
 chaos: $(DEV) ## the whole kill matrix; slow
 	$(RUN) $(BIN)/python -m pytest -m chaos --timeout 900 $(PYTEST_ARGS)

@@ -30,3 +30,30 @@ def test_a_service_imports_without_what_only_others_need(service: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_chart_runs_beside_the_services_imports_without_torch_or_kubernetes() -> None:
+    """The bus check runs in the env agents' image, the annotator in one of its own."""
+    code = (
+        "import sys\n"
+        f"for name in {('torch', 'transformers', *TOOLS)!r}:\n"
+        "    sys.modules[name] = None\n"
+        "import shared.cli.bus_check, shared.cli.deletion_costs, shared.runtime.model_source\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_recorder_runs_in_the_learners_image() -> None:
+    code = (
+        "import sys\n"
+        f"for name in {BLOCKED['learner']!r}:\n"
+        "    sys.modules[name] = None\n"
+        "import shared.cli.recorder, shared.cli.recording\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

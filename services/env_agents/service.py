@@ -144,6 +144,7 @@ class _EnvAgents:
 
     async def _keep(self) -> None:
         """Every so often: gauges, busy time, and word to the bus about the tickets in play."""
+        self._context.measured["places"] = float(self._section.concurrency)
         started_s = time.thread_time() - self._context.busy_s
         interval_s = min(0.5, self._section.ack_wait_s / 6)
         next_word = time.monotonic() + self._section.ack_wait_s / 3

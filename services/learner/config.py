@@ -55,6 +55,9 @@ class LearnerSection(Section):
     algo: AlgoSection = AlgoSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    at_end: Literal["exit", "wait"] = "exit"
+    """After the last version: end the process, or stay until told to stop (a cluster would start
+    it again for ever)."""
     sync_wait_s: float = Field(default=30.0, gt=0)
     """Longest delay of a publication for rollouts that are behind."""
     shadow_every: int = Field(default=1, gt=0)

@@ -18,7 +18,9 @@ LOGS: tuple[StreamName, ...] = ("terminals", "scores")
 class Purging:
     """Consumes the recorder's positions; what cannot be purged now is purged the next time."""
 
-    def __init__(self, context: Context, publisher: Publisher) -> None:
+    def __init__(self, context: Context, publisher: Publisher, *, archive: bool = True) -> None:
+        """Purge versions through `publisher`; with `archive`, nothing that no recorder has kept."""
+        self._archive = archive
         self._context = context
         self._bus = context.bus
         self._publisher = publisher
@@ -30,23 +32,31 @@ class Purging:
             low_water_mark: oldest version that anything may still ask for.
             floors: log -> first sequence that a retained checkpoint may read again.
         """
-        archived = await self._bus.get_control("archived")
-        if archived is None:
+        positions = await self._positions() if self._archive else None
+        if positions is None and self._archive:
             return
-        positions = cast("dict[str, int]", msgpack.unpackb(archived))
-        low = min(low_water_mark, positions.get("versions", -1))
+        low = low_water_mark
+        if positions is not None:
+            low = min(low, positions.get("versions", -1))
         if low >= 0:
             try:
                 await self._publisher.purge_below(low)
             except BusError as error:
                 self._failed("versions", error)
         for name in LOGS:
-            floor = min(floors.get(name, 0), positions.get(name, 0) + 1)
+            floor = floors.get(name, 0)
+            if positions is not None:
+                floor = min(floor, positions.get(name, 0) + 1)
             if floor > 1:
                 try:
                     await self._bus.purge(name, floor)
                 except BusError as error:
                     self._failed(name, error)
+
+    async def _positions(self) -> dict[str, int] | None:
+        """Return what the recorder has archived, None before it said so."""
+        archived = await self._bus.get_control("archived")
+        return None if archived is None else cast("dict[str, int]", msgpack.unpackb(archived))
 
     def _failed(self, what: str, error: BusError) -> None:
         self._context.count("purges_failed")

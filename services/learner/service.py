@@ -31,6 +31,7 @@ from services.learner.positions import Positions
 from services.learner.publication import Publication, Slack
 from services.learner.purging import Purging
 from services.learner.score_records import score_event
+from services.learner.step_telemetry import bounds
 from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
 from shared.backends.torch_backend import TorchBackend
@@ -44,10 +45,12 @@ from shared.weights.retention import oldest_needed
 from shared.wire.codec import encode
 from shared.wire.errors import ForeignMajor
 from shared.wire.messages import Score
+from shared.wire.subjects import STREAMS
 from shared.wire.trajectory import Failure
 from shared.wire.weights import Control
 
 _TICK_S = 1.0
+_STREAMS_LOOK_S = 5.0
 _FOREIGN_RETRY_S = 5.0
 _POLL_S = 0.02
 
@@ -97,7 +100,7 @@ class _Shell:
             self._board,
             own_wants=lambda: self._route.keyframe_wanted,
         )
-        self._purging = Purging(context, self._publisher)
+        self._purging = Purging(context, self._publisher, archive=config.run.archive)
         self._learner = Learner(
             context,
             config,
@@ -119,6 +122,7 @@ class _Shell:
         )
         self._phase: Literal["running", "draining", "done"] = "running"
         self._pauses = Pauses()
+        context.measured |= bounds(config)
         self._waited_s: dict[str, float] = {}
         """Seconds an unscored trajectory has waited while an oracle was there."""
 
@@ -174,6 +178,9 @@ class _Shell:
         await self._learner.finish()
         self._phase = "done" if self._learner.finished else "draining"
         await self._put_control()
+        if self._phase == "done" and self._config.learner.at_end == "wait":
+            self._context.log.info("done_waiting")
+            await self._context.stop.wait()
 
     # --- arrivals
     @property
@@ -248,7 +255,7 @@ class _Shell:
             await asyncio.sleep(0.2)
 
     async def _tick(self) -> None:
-        last = time.time()
+        last, next_look = time.time(), 0.0
         while True:
             await asyncio.sleep(_TICK_S)
             now = time.time()
@@ -263,6 +270,9 @@ class _Shell:
             await self._purging.purge(self._low_water_mark(), self._learner.floors)
             self._inputs.shadows.forget(self._journal.state.open_tickets)
             self._gauges()
+            if now >= next_look:
+                next_look = now + _STREAMS_LOOK_S
+                await self._measure_streams()
 
     def _give_up_scores(self, elapsed_s: float) -> None:
         """Count how long trajectories wait for scores while an oracle lives, up to the bound."""
@@ -326,5 +336,17 @@ class _Shell:
             "outstanding_groups": float(len(self._desk.admission.outstanding)),
             "ready_groups": float(len(self._desk.ready)),
             "unscored_trajectories": float(len(self._desk.staging.unscored_tickets)),
-            "policy_version": float(self._learner.version),
+        }
+
+    async def _measure_streams(self) -> None:
+        """What the streams hold, for Prometheus: a full one is a fault somebody must see coming."""
+        labelled = self._context.labelled
+        try:
+            states = {spec.name: await self._bus.stream_state(spec.name) for spec in STREAMS}
+        except BusError as error:
+            self._context.log.debug("streams_unmeasured", reason=str(error))
+            return
+        labelled["stream_bytes", "stream"] = {n: float(s.num_bytes) for n, s in states.items()}
+        labelled["stream_messages", "stream"] = {
+            n: float(s.num_messages) for n, s in states.items()
         }

@@ -48,7 +48,23 @@ SCALARS = (
     "shadow_s",
     "shadow_forward_tokens", "shadow_held_bytes", "shadow_trajectories",
 )  # fmt: skip
-"""Exported as `lagwise_learner_step_<name>`."""
+"""Exported as `lagwise_learner_step_<name>`, where EXPORTED does not spell it out."""
+EXPORTED = {
+    "d_k3_age_slope": "discrepancy_k3_age_slope",
+    "sampler_mean_d": "sampler_mean_discrepancy",
+}
+"""Prometheus' linter takes a lone `d` for days."""
+
+
+def bounds(config: LearnerConfig) -> dict[str, float]:
+    """Return the configured bounds that alerts and scaling compare with, as gauges."""
+    return {
+        "staleness_bound": float(config.admission.max_staleness),
+        "groups_per_version": float(config.admission.groups_per_version),
+        "target_version": float(config.learner.versions),
+        "stream_limit_bytes": float(config.bus.max_stream_bytes),
+        "exact_route": float(config.old_logprobs.route in ("oracle", "snapshot_old", "interrupt")),
+    }
 
 
 class StepTelemetry:
@@ -91,7 +107,7 @@ class StepTelemetry:
         """Export a step's scalars and per-age means."""
         scalars, labelled = outcome.scalars, self._context.labelled
         self._context.measured |= {
-            f"step_{name}": scalars[name] for name in SCALARS if name in scalars
+            f"step_{EXPORTED.get(name, name)}": scalars[name] for name in SCALARS if name in scalars
         }
         for name in PAIR_SCALARS:
             labelled[f"ratio_{name}", "pair"] = {

@@ -44,7 +44,8 @@ class Values:
         counts: dict[str, int] = {}
         for role in ROLES:
             section = self.tree.get(role) or {}
-            counts[role] = section.get("replicas", _DEFAULT_REPLICAS)
+            given = section.get("replicas")
+            counts[role] = _DEFAULT_REPLICAS if given is None else given
         return counts
 
     def with_config(self, section: str, **settings: Any) -> Values:
@@ -112,12 +113,23 @@ def effective(values: Values) -> dict[str, Any]:
 
 
 def check_model_directory(values: Values) -> None:
-    """Refuse to start processes for a model that is not there.
+    """Refuse to start processes for a model that is not there, or for a run without an archive.
 
     Raises:
-        ConfigError: naming the folder.
+        ConfigError: naming the folder or the key.
     """
-    source = Path(values.common().model.source)
+    common = values.common()
+    if "://" in common.model.source:
+        raise ConfigError(
+            f"config file {values.path}: `model.source`: {common.model.source} is for a cluster; "
+            "here fetch it (python -m shared.runtime.model_source SOURCE FOLDER), name the folder"
+        )
+    if not common.run.archive:
+        raise ConfigError(
+            f"config file {values.path}: `run.archive`: must be true here: report and audit of "
+            "`lagwise up` read the archive (--set run.archive=true)"
+        )
+    source = Path(common.model.source)
     if not (source / "config.json").is_file():
         what = "has no config.json" if source.is_dir() else "does not exist"
         raise ConfigError(
@@ -131,7 +143,9 @@ def _check_role(path: Path, role: str, section: object) -> None:
         return
     if not isinstance(section, Mapping):
         raise ConfigError(f"config file {path}: `{role}` must be a mapping with `replicas`")
-    replicas = cast("Mapping[str, object]", section).get("replicas", _DEFAULT_REPLICAS)
+    replicas = cast("Mapping[str, object]", section).get("replicas")
+    if replicas is None:  # unset: somebody else decides on a cluster, one process here
+        return
     if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 0:
         raise ConfigError(
             f"config file {path}: `{role}.replicas`: a whole number >= 0 (got {replicas!r})"

@@ -89,9 +89,29 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from shared.cli import status
 
+    if arguments.release:
+        from shared.cli import cluster
+        from shared.runtime.kube import Kube
+
+        found_pods = cluster.pods(Kube(arguments.namespace), arguments.release)
+        if arguments.json:
+            print(json.dumps(cluster.as_dicts(found_pods), indent=2))
+        else:
+            print(cluster.table(found_pods))
+        return 0
     url, run = status.address(arguments.run_dir, arguments.nats, arguments.run_name)
-    found = asyncio.run(status.ask(url, run, listen_s=arguments.listen, timeout_s=5.0))
+    access = status.access(url, arguments.bus_user, arguments.bus_password_file)
+    found = asyncio.run(status.ask(access, run, listen_s=arguments.listen, timeout_s=5.0))
     print(json.dumps(status.as_dict(found), indent=2) if arguments.json else status.table(found))
+    return 0
+
+
+def _scale(arguments: argparse.Namespace) -> int:
+    from shared.cli import cluster
+    from shared.runtime.kube import Kube
+
+    kube = Kube(arguments.namespace)
+    print(cluster.scale(kube, arguments.release, arguments.role, arguments.replicas))
     return 0
 
 
@@ -192,8 +212,17 @@ def _add_looks(commands: _Commands) -> None:
     status.add_argument("--run-dir", type=Path, help="default: the newest under runs/")
     status.add_argument("--nats", metavar="URL")
     status.add_argument("--run", dest="run_name", metavar="NAME")
+    status.add_argument("--bus-user", default="", metavar="NAME", help="with a password file")
+    status.add_argument("--bus-password-file", default="", metavar="FILE")
     status.add_argument("--listen", type=float, default=2.5, metavar="S", help="to leases")
     status.add_argument("--json", action="store_true")
+    _add_cluster(status, required=False)
+
+    scale = commands.add_parser("scale", help="set the number of pods of a role on a cluster")
+    scale.set_defaults(run=_scale)
+    scale.add_argument("role", help="rollout, env_agents or logit_oracle")
+    scale.add_argument("replicas", type=_count)
+    _add_cluster(scale, required=True)
 
     report = commands.add_parser("report", help="write summary.json and report.html of a run")
     report.set_defaults(run=_report)
@@ -225,6 +254,11 @@ def _add_looks(commands: _Commands) -> None:
         part.add_argument("--set", action="append", default=[], metavar="A.B=C")
         if name == "show":
             part.add_argument("--json", action="store_true")
+
+
+def _add_cluster(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument("--release", required=required, default="", help="Helm release")
+    parser.add_argument("--namespace", default="default", help="of the release")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

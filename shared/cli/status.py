@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgpack
+from pydantic import ValidationError
 
 from shared.cli.run_folder import read_facts
 from shared.runtime.bus import Bus, CoreMessage
+from shared.runtime.config import describe
 from shared.runtime.errors import BusUnavailable, ConfigError
 from shared.runtime.logs import Log
 from shared.runtime.nats_bus import connect
@@ -63,14 +65,26 @@ def address(run_dir: Path | None, nats_url: str | None, run: str | None) -> tupl
     return nats_url or facts["nats_url"], run or facts["run"]
 
 
+def access(url: str, user: str, password_file: str) -> BusSection:
+    """Return how to reach NATS.
+
+    Raises:
+        ConfigError: a user without a password file, or the other way round.
+    """
+    try:
+        return BusSection(url=url, user=user, password_file=password_file)
+    except ValidationError as error:
+        raise ConfigError(f"status: {describe(error)}") from error
+
+
 def newest_run(root: Path = Path("runs")) -> Path | None:
     """Return the run folder that was written to last, None when there is none."""
     found = sorted(root.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
     return found[-1].parent if found else None
 
 
-async def ask(nats_url: str, run: str, *, listen_s: float, timeout_s: float) -> Status:
-    """Listen to leases for a while and read what is stored.
+async def ask(access: BusSection, run: str, *, listen_s: float, timeout_s: float) -> Status:
+    """Listen to leases for a while and read what is stored; waits as `timeout_s` says.
 
     Raises:
         ConfigError: NATS does not answer, or has no such run.
@@ -79,16 +93,17 @@ async def ask(nats_url: str, run: str, *, listen_s: float, timeout_s: float) -> 
         subjects = Subjects(run)
     except ValueError as error:
         raise ConfigError(f"status: {error}") from error
-    section = BusSection(url=nats_url, connect_timeout_s=timeout_s, retry_s=timeout_s)
+    bounds = {"connect_timeout_s": timeout_s, "retry_s": timeout_s}
+    section = access.model_copy(update=bounds)
     try:
         bus = await connect(section, subjects, "status", Log("status"))
     except BusUnavailable as error:
         raise ConfigError(f"status: {error}") from error
     try:
         await bus.wait_for_streams(_STREAMS_BOUND_S)
-        return await _look(bus, nats_url, listen_s)
+        return await _look(bus, access.url, listen_s)
     except BusUnavailable as error:
-        raise ConfigError(f"status: run {run!r} on {nats_url}: {error}") from error
+        raise ConfigError(f"status: run {run!r} on {access.url}: {error}") from error
     finally:
         await bus.close()
 

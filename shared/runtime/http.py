@@ -1,4 +1,7 @@
-"""`/metrics`, `/healthz`, `/readyz`: a small HTTP server in a thread of its own.
+"""`/metrics` and three probes: a small HTTP server in a thread of its own.
+
+`/startupz` turns 200 once the service has been ready and stays so; `/healthz` says whether the
+event loop runs; `/readyz` whether the service can do its work now.
 
 A thread, so that a stuck event loop can be told from a busy one: it answers even then.
 """
@@ -44,11 +47,14 @@ Answer = tuple[int, str, bytes]
 
 
 def respond(
-    path: str, alive_problem: str, ready_problem: str, metrics: Callable[[], bytes]
-) -> Answer:
-    """Answer one GET."""
+    path: str, alive_problem: str, ready_problem: str, metrics: Callable[[], bytes],
+    *, started: bool = False,
+) -> Answer:  # fmt: skip
+    """Answer one GET; `started`: whether it has ever been ready."""
     text = "text/plain; charset=utf-8"
     match path.partition("?")[0]:
+        case "/startupz":
+            return _probe("" if started else ready_problem or alive_problem, text)
         case "/healthz":
             return _probe(alive_problem, text)
         case "/readyz":
@@ -56,7 +62,7 @@ def respond(
         case "/metrics":
             return 200, CONTENT_TYPE_LATEST, metrics()
         case _:
-            return 404, text, b"/metrics /healthz /readyz\n"
+            return 404, text, b"/metrics /startupz /healthz /readyz\n"
 
 
 def _probe(problem: str, content_type: str) -> Answer:
@@ -110,9 +116,14 @@ class HttpServer:
         pulse: Pulse,
         ready_problem: Callable[[], str],
     ) -> None:
+        started = False
+
         def answer(path: str) -> Answer:
+            nonlocal started
+            problem = ready_problem()
+            started = started or not problem
             return respond(
-                path, pulse.problem(), ready_problem(), lambda: generate_latest(registry)
+                path, pulse.problem(), problem, lambda: generate_latest(registry), started=started
             )
 
         try:

@@ -39,6 +39,11 @@ def metric_name(role: str, what: str) -> str:
     return f"lagwise_{role}_{clean}"
 
 
+def _spelled(what: str) -> str:
+    """Spell units out: Prometheus' own linter refuses `_s`."""
+    return f"{what.removesuffix('_s')}_seconds" if what.endswith("_s") else what
+
+
 class ServiceCollector(Collector):
     """Reads a Context at scrape time, from the thread of the HTTP server."""
 
@@ -53,12 +58,12 @@ class ServiceCollector(Collector):
         role = context.role
 
         def counter(what: str, value: float, text: str) -> Metric:
-            family = CounterMetricFamily(metric_name(role, what), text)
+            family = CounterMetricFamily(metric_name(role, _spelled(what)), text)
             family.add_metric([], value)
             return family
 
         def gauge(what: str, value: float, text: str) -> Metric:
-            family = GaugeMetricFamily(metric_name(role, what), text)
+            family = GaugeMetricFamily(metric_name(role, _spelled(what)), text)
             family.add_metric([], value)
             return family
 
@@ -68,10 +73,10 @@ class ServiceCollector(Collector):
         for what, value in sorted(dict(context.gauges).items()):
             yield gauge(what, value, f"{what}, now")
         for what, value in sorted(dict(context.measured).items()):
-            yield gauge(what, value, f"{what}, of the last step")
+            yield gauge(what, value, f"{what}, latest")
         for (what, label), values in sorted(dict(context.labelled).items()):
             family = GaugeMetricFamily(
-                metric_name(role, what), f"{what} by {label}, of the last step", labels=[label]
+                metric_name(role, what), f"{what} by {label}, latest", labels=[label]
             )
             for key, value in sorted(dict(values).items()):
                 family.add_metric([key], value)

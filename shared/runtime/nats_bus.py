@@ -23,6 +23,7 @@ from shared.runtime.jetstream import (
     stream_config,
 )
 from shared.runtime.logs import Log
+from shared.runtime.nats_access import read_access
 from shared.runtime.nats_calls import NatsCalls
 from shared.runtime.nats_link import Msg, NatsLink, NatsSubscription
 from shared.runtime.nats_queue import NatsWorkQueue
@@ -41,11 +42,13 @@ async def connect(bus: BusSection, subjects: Subjects, name: str, log: Log) -> N
 
     Raises:
         BusUnavailable: nobody answered within `connect_timeout_s`.
+        ConfigError: a password, credentials or certificate file cannot be used.
     """
+    access = read_access(bus)
     token = re.sub(r"[^A-Za-z0-9_-]", "-", name) or "lagwise"
     link = NatsLink(token, log, attempt_s=bus.request_timeout_s, retry_s=bus.retry_s)
     servers = [url.strip() for url in bus.url.split(",")]
-    await link.open(servers, bus.connect_timeout_s)
+    await link.open(servers, bus.connect_timeout_s, access)
     return NatsBus(link, subjects, bus.max_stream_bytes, log)
 
 

@@ -24,6 +24,7 @@ from nats.aio.subscription import Subscription as NatsSubscription
 
 from shared.runtime.errors import BusUnavailable, Denied, PayloadTooLarge
 from shared.runtime.logs import Log
+from shared.runtime.nats_access import Access
 from shared.runtime.pending_requests import Answer, AttemptFailed, PendingRequests
 
 RECONNECT_FIRST_S = 0.05
@@ -88,7 +89,7 @@ class NatsLink:
         return 0.0 if self._up.is_set() else time.monotonic() - self._down_since
 
     # --- life cycle
-    async def open(self, servers: list[str], timeout_s: float) -> None:
+    async def open(self, servers: list[str], timeout_s: float, access: Access = Access()) -> None:
         """Connect.
 
         Raises:
@@ -111,6 +112,7 @@ class NatsLink:
                     max_outstanding_pings=2,
                     pending_size=16 * 1024 * 1024,
                     skip_subject_validation=True,
+                    **access.options(),
                 )
                 self._up.set()
                 await self.client.subscribe(

@@ -32,12 +32,25 @@ class RunSection(Section):
     seed: int = 0
     dir: str = "runs/run"
     """Folder of checkpoints, archive and report; on a cluster a mounted volume."""
+    archive: bool = True
+    """Whether a recorder archives the run (`lagwise audit`, `explain` and `report` read it). The
+    learner then purges only what is archived; otherwise whatever no checkpoint needs."""
 
 
 class BusSection(Section):
     """How to reach NATS, and the bounds of every wait on it."""
 
     url: str = "nats://127.0.0.1:4222"
+    user: str = ""
+    """Empty: none. The password comes from `password_file`, never from the configuration."""
+    password_file: str = ""
+    credentials_file: str = ""
+    """A `.creds` file (JWT and nkey) instead of user and password; needs the extra `nkeys`."""
+    tls_ca_file: str = ""
+    """CA that signed the server's certificate; given, the connection must be TLS."""
+    tls_cert_file: str = ""
+    """Our own certificate, for a server that verifies clients; with `tls_key_file`."""
+    tls_key_file: str = ""
     connect_timeout_s: float = Field(default=20.0, gt=0)
     """At start: exit with code 2 when nothing answers for so long."""
     request_timeout_s: float = Field(default=3.0, gt=0)
@@ -47,12 +60,23 @@ class BusSection(Section):
     max_stream_bytes: int = Field(default=4 * 1024**3, gt=0)
     """Per stream; a full stream is a fault, never back-pressure."""
 
+    @model_validator(mode="after")
+    def _one_identity(self) -> Self:
+        if self.credentials_file and (self.user or self.password_file):
+            raise ValueError("give either credentials_file or user and password_file, not both")
+        if bool(self.user) != bool(self.password_file):
+            raise ValueError("user and password_file go together: one of them is missing")
+        if bool(self.tls_cert_file) != bool(self.tls_key_file):
+            raise ValueError("tls_cert_file and tls_key_file go together: one of them is missing")
+        return self
+
 
 class ModelSection(Section):
     """The policy."""
 
     source: str = "examples/frozen_lake/base"
-    """Hugging Face directory."""
+    """Hugging Face directory. On a cluster also `hf://org/name@revision`, which an init container
+    fetches, and `pvc://claim/path`, which the chart mounts."""
     model_id: str = "policy"
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of the published bytes and of the training forward."""

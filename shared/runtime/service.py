@@ -142,6 +142,8 @@ async def _run(role: Role, pod: str, config: C, serve: Serve[C], log: Log) -> No
         try:
             context = Context(role, pod, uuid.uuid4().hex, bus, log, registry, health)
             context.gauges["http_port"] = float(http.port)
+            # An alert on its increase must have seen it at 0.
+            context.count("dead_letters", 0.0)
             context.health.set_unready("starting")
             holder.append(context)
             metrics.register(context, registry)

@@ -93,3 +93,18 @@ def test_a_copy_with_other_settings_leaves_the_original() -> None:
     assert (other.config["bus"]["url"], other.replicas["rollout"]) == ("nats://x:1", 5)
     assert "bus" not in values.config
     assert values.replicas["rollout"] == 2
+
+
+def test_what_only_a_cluster_can_do_is_refused_here_by_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"`model\.source`: hf://a/b@c is for a cluster"):
+        check_model_directory(read(EXAMPLE, ["model.source=hf://a/b@c"]))
+    with pytest.raises(ConfigError, match=r"`run\.archive`: must be true here"):
+        check_model_directory(read(EXAMPLE, ["run.archive=false"]))
+
+
+def test_a_number_of_pods_left_to_the_cluster_is_one_process_here(tmp_path: Path) -> None:
+    path = tmp_path / "values.yaml"
+    path.write_text("rollout: {replicas: null}\nenv_agents: {gpu: {count: 0}}\nconfig: {}\n")
+    assert read(path).replicas == {
+        "learner": 1, "rollout": 1, "env_agents": 1, "logit_oracle": 1,
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.error
 import urllib.request
 
 import pytest
@@ -76,6 +77,45 @@ def test_probes_answer_ok_or_the_reason():
     assert ask("/healthz", alive="stuck")[0] == ask("/readyz", alive="stuck")[0] == 503
     assert ask("/metrics?x=1", alive="stuck") == (200, b"metrics")
     assert ask("/other")[0] == 404
+
+
+def test_the_startup_probe_turns_once_and_the_readiness_probe_goes_back_and_forth():
+    def ask(path: str, started: bool, alive: str = "", ready: str = "") -> tuple[int, bytes]:
+        status, _, body = respond(path, alive, ready, lambda: b"", started=started)
+        return status, body
+
+    assert ask("/startupz", False, ready="loading") == (503, b"loading\n")
+    assert ask("/startupz", True, ready="no bus") == (200, b"ok\n")
+    assert ask("/readyz", True, ready="no bus") == (503, b"no bus\n")
+    problem = "loading"
+    server = HttpServer("127.0.0.1", 0, CollectorRegistry(), Pulse(30), lambda: problem)
+
+    def get(path: str) -> int:
+        try:
+            url = f"http://127.0.0.1:{server.port}{path}"
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    try:
+        assert (get("/startupz"), get("/readyz"), get("/healthz")) == (503, 503, 200)
+        problem = ""
+        assert (get("/startupz"), get("/readyz"), get("/healthz")) == (200, 200, 200)
+        problem = "the bus is away"
+        assert (get("/startupz"), get("/readyz"), get("/healthz")) == (200, 503, 200)
+    finally:
+        server.close()
+
+
+async def test_seconds_are_spelled_out_for_prometheus(memory_bus):
+    context = Context("logit_oracle", "o1", "i1", memory_bus, Log("logit_oracle"))
+    register(context, context.registry)
+    context.count("swap_s", 2.5)
+    context.gauges["wait_s"] = 1.0
+    got = samples(context.registry)
+    assert got["lagwise_logit_oracle_swap_seconds_total"] == 2.5
+    assert got["lagwise_logit_oracle_wait_seconds"] == 1.0
 
 
 def test_the_pulse_is_lost_after_its_bound_and_found_with_the_next_beat():

@@ -1,0 +1,36 @@
+#!/bin/sh
+# Install what one image needs into the virtual environment on PATH: SERVICE, TORCH, TORCH_INDEX.
+set -eu
+
+case $SERVICE in
+    learner) extra=learner,s3,nkeys torch=1 ;;
+    rollout | logit-oracle) extra=$SERVICE,s3,nkeys torch=1 ;;
+    env-agents) extra=env-agents,nkeys torch=0 ;;
+    operator) extra=kube,nkeys torch=0 ;;
+    *) echo "SERVICE=$SERVICE: learner, rollout, env-agents, logit-oracle or operator" >&2; exit 2 ;;
+esac
+pip install --constraint constraints.txt hatchling editables
+if [ $torch = 1 ]; then
+    version=$(sed -n 's/^torch==//p' constraints.txt)
+    # --no-deps: what torch needs comes below from the lock; its CUDA libraries from its own index
+    if [ "$TORCH" = cpu ]; then
+        pip install --no-deps --index-url "$TORCH_INDEX/cpu" "torch==$version+cpu"
+    else
+        pip install --index-url "$TORCH_INDEX/$TORCH" "torch==$version+$TORCH"
+    fi
+fi
+# The dependencies of the extras without the package itself, which is not copied yet.
+python3 - "$extra" >/tmp/requirements.txt <<'PYTHON'
+import re, sys, tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+extras, wanted, todo = project["optional-dependencies"], list(project["dependencies"]), sys.argv[1].split(",")
+while todo:
+    for requirement in extras[todo.pop()]:
+        inner = re.fullmatch(r"lagwise\[(.+)\]", requirement)
+        todo += inner[1].split(",") if inner else []
+        wanted += [] if inner else [requirement]
+print("\n".join(sorted(set(wanted))))
+PYTHON
+pip install --constraint constraints.txt --requirement /tmp/requirements.txt
+rm /tmp/requirements.txt
