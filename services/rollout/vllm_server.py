@@ -1,0 +1,296 @@
+# pyright: reportMissingImports=false
+"""vLLM's AsyncLLM in this process, its engine core and workers in processes of their own.
+
+Everything that touches vLLM's interfaces from the rollout's side is in this file, written against
+0.32.0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from services.rollout.engine import EngineDead, EngineLoad, SampleSpec
+from services.rollout.sampling import seed_bits
+from services.rollout.shared_tensors import SharedTensors
+from services.rollout.vllm_engine import Output, PauseMode
+from shared.weights.qwen3_layout import Qwen3Shape, qwen3_layout
+from shared.wire.weights import TensorSpec
+
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+    # One engine process on one device; several start workers of their own.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Several rollouts share a machine: vLLM would bind each of them to the same first cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+"""Set where the environment does not say otherwise, before vLLM is imported."""
+
+CLOSE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What vLLM is started with; see `VllmSection` for the meaning."""
+
+    model_dir: Path
+    dtype: Literal["bfloat16", "float32"]
+    context_tokens: int
+    max_running: int
+    step_tokens: int
+    tensor_parallel_size: int = 1
+    kv_cache_bytes: int = 0
+    gpu_memory_utilization: float = 0.9
+    block_tokens: int = 32
+    shared_dir: Path = Path("/dev/shm")
+    scheduler_class: str = ""
+    """Import path of a scheduler, for tests that hold turns at a token boundary."""
+
+
+class VllmServer:
+    """One engine of vLLM.
+
+    Raises:
+        ValueError: a model that the engine cannot hold or compute, named.
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self._options = options
+        raw = _read_config(options.model_dir)
+        shape = Qwen3Shape.of(raw)
+        qwen3_layout(shape, 0, options.tensor_parallel_size)  # heads must divide among ranks
+        _check_head_size(shape.head_dim)
+        if options.context_tokens > int(raw["max_position_embeddings"]):
+            raise ValueError(
+                f"context_tokens {options.context_tokens} exceeds the model's "
+                f"{raw['max_position_embeddings']} positions ({options.model_dir})"
+            )
+        self.shapes: Mapping[str, tuple[int, ...]] = qwen3_layout(shape, 0, 1).sources
+        self.vocab_size = shape.vocab_size
+        self._dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+        self._area: SharedTensors | None = None
+        self._llm: Any = None
+        self._stats: Any = None
+        self._seeding = ""
+        self._num_scores = 0
+        self._aborts: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from services.rollout.vllm_metrics import EngineStats
+        from services.rollout.vllm_worker import OWNER_VARIABLE
+
+        path = self._options.shared_dir / f"lagwise-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._area = SharedTensors(path, self.shapes, self._dtype, create=True)
+        os.environ[OWNER_VARIABLE] = str(os.getpid())
+        stats = self._stats = EngineStats()
+
+        def build() -> Any:
+            config = _engine_arguments(self._options).create_engine_config()
+            return AsyncLLM.from_vllm_config(config, stat_loggers=[stats.logger], disable_log_stats=True)
+
+        # In a thread: probes and leases go on meanwhile.
+        self._llm = await asyncio.to_thread(build)
+        await self._llm.get_supported_tasks()  # asked once, so that requests start at once
+        self._seeding = (await self._llm.collective_rpc("lagwise_prepare"))[0]
+        await self._llm.init_weight_transfer_engine(
+            WeightTransferInitRequest(init_info={"path": str(path)})
+        )
+        self._area.unlink()  # both sides have it mapped: nothing is left behind by a kill
+
+    async def write(
+        self, state: Mapping[str, torch.Tensor], names: Iterable[str]
+    ) -> list[TensorSpec]:
+        assert self._area is not None
+        return await asyncio.to_thread(self._area.write, state, names)
+
+    async def swap(self, names: Sequence[str], label: str) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self._llm
+        await llm.start_weight_update()
+        await llm.update_weights(WeightTransferUpdateRequest(update_info={"names": list(names)}))
+        await llm.finish_weight_update(label)
+
+    async def pause(self, mode: PauseMode, *, clear_cache: bool) -> None:
+        # AsyncLLM.pause_generation, without its 20 ms of sleep: outputs carry their labels, so that
+        # it does not matter when they arrive.
+        await self._llm.engine_core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+
+    async def resume(self) -> None:
+        await self._llm.resume_generation()
+
+    async def generate(self, spec: SampleSpec, salt: str) -> Output:
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        native = self._seeding == "native"
+        seed = seed_bits(spec.seed)
+        params = SamplingParams(
+            temperature=spec.sampling.temperature,
+            max_tokens=spec.max_new_tokens,
+            stop_token_ids=list(spec.sampling.stop_ids),
+            ignore_eos=True,  # a turn ends where its request says
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            seed=seed >> 1 if native else None,
+            extra_args=None if native else {"seed": seed, "seed_offset": spec.seed_offset},
+            skip_clone=True,
+        )
+        prompt = tokens_input(list(spec.token_ids), cache_salt=salt)
+        final: Any = None
+        try:
+            async for output in self._llm.generate(prompt, params, spec.request_id):
+                final = output.outputs[0]
+        except EngineDeadError as error:
+            raise EngineDead(self.failure() or "the engine process is gone") from error
+        except EngineGenerateError as error:
+            raise EngineDead(f"the engine failed: {error.__cause__}") from error
+        if final is None:
+            return Output((), (), (), "interrupted")
+        finish = "interrupted" if final.finish_reason == "abort" else final.finish_reason
+        return Output(
+            token_ids=final.token_ids,
+            logprobs=final.logprobs.logprobs if final.logprobs else (),
+            labels=[(s.version, s.start, s.end) for s in final.weight_versions or ()],
+            finish=finish,
+        )
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        if len(token_ids) < 2:
+            return [0.0] * len(token_ids)
+        self._num_scores += 1
+        params = SamplingParams(
+            temperature=1.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = tokens_input(list(token_ids))
+        final: Any = None
+        async for output in self._llm.generate(prompt, params, f"score-{self._num_scores}"):
+            final = output
+        rows = final.prompt_logprobs
+        chosen = zip(token_ids[1:], rows[1:], strict=True)
+        return [0.0, *(row[token].logprob for token, row in chosen)]
+
+    def abort(self, request_id: str) -> None:
+        if self._llm is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._llm.abort(request_id))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+    def num_sampled(self, request_id: str) -> int:
+        if self._llm is None:
+            return 0
+        processor = self._llm.output_processor
+        for internal in processor.external_req_ids.get(request_id, ()):
+            state = processor.request_states.get(internal)
+            if state is not None:
+                return int(state.detokenizer.num_output_tokens())
+        return 0
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(0, 0, 0.0) if self._stats is None else self._stats.load()
+
+    def failure(self) -> str:
+        if self._llm is not None and self._llm.errored:
+            return "the engine process ended"
+        return ""
+
+    async def close(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown, CLOSE_S)
+        if self._area is not None:
+            self._area.unlink()
+
+
+def _engine_arguments(options: ServerOptions) -> Any:
+    from vllm.config import WeightTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    from services.rollout.vllm_transfer import BACKEND
+
+    on_cpu = current_platform.is_cpu()
+    more: dict[str, Any] = {}
+    if options.kv_cache_bytes or on_cpu:
+        more["kv_cache_memory_bytes"] = options.kv_cache_bytes or 256 << 20
+    if options.tensor_parallel_size == 1:
+        more["distributed_executor_backend"] = "uni"
+    if options.scheduler_class:
+        more["scheduler_cls"] = options.scheduler_class
+    return AsyncEngineArgs(
+        model=str(options.model_dir),
+        served_model_name="policy",
+        skip_tokenizer_init=True,
+        load_format="dummy",  # the weights come over the bus
+        dtype=options.dtype,
+        max_model_len=options.context_tokens,
+        max_num_seqs=options.max_running,
+        max_num_batched_tokens=max(options.step_tokens, options.max_running),
+        block_size=options.block_tokens,
+        tensor_parallel_size=options.tensor_parallel_size,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        enforce_eager=on_cpu,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls="services.rollout.vllm_worker.RolloutWorker",
+        **more,
+    )
+
+
+def _check_head_size(head_dim: int) -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    known = CPUAttentionBackend.get_supported_head_sizes()
+    if head_dim not in known:
+        raise ValueError(
+            f"head_dim {head_dim}: vLLM on CPUs computes {', '.join(map(str, known))}; "
+            "take another model, or rollout.engine: torch"
+        )
+
+
+def _read_config(model_dir: Path) -> dict[str, Any]:
+    file = model_dir / "config.json"
+    try:
+        raw = json.loads(file.read_text())
+    except OSError as error:
+        raise ValueError(f"model {model_dir}: no readable config.json: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return raw
