@@ -88,6 +88,10 @@ class TorchEngine:
     def version(self) -> int:
         return self._version
 
+    @property
+    def failure(self) -> str:
+        return self._dead
+
     async def start(self) -> None:
         """Start the stepping loop."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="torch-engine")

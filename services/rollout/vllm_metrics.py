@@ -39,11 +39,12 @@ class EngineStats:
         """Make the logger that vLLM calls after every step."""
         return _StepLogger(self)
 
-    def load(self) -> EngineLoad:
-        """Return a snapshot."""
+    def load(self, *, num_open: int) -> EngineLoad:
+        """Return a snapshot; `num_open` turns are in the engine, as this process sees it."""
+        running = min(self._running, num_open)
         return EngineLoad(
-            running=self._running,
-            waiting=self._waiting,
+            running=running,
+            waiting=num_open - running,
             kv_used_ratio=self._kv_used_ratio,
             counters=dict(self._sums),
         )

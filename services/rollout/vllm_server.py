@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import torch
 
+from services.rollout.config import RolloutSection
 from services.rollout.engine import EngineDead, EngineLoad, SampleSpec
 from services.rollout.sampling import seed_bits
 from services.rollout.shared_tensors import SharedTensors
-from services.rollout.vllm_engine import Output, PauseMode
+from services.rollout.vllm_engine import Output, PauseMode, Sync, VllmEngine
 from shared.weights.qwen3_layout import Qwen3Shape, qwen3_layout
 from shared.wire.weights import TensorSpec
 
@@ -37,6 +38,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 """Set where the environment does not say otherwise, before vLLM is imported."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 CLOSE_S = 1.0
 
@@ -81,7 +84,7 @@ class VllmServer:
             )
         self.shapes: Mapping[str, tuple[int, ...]] = qwen3_layout(shape, 0, 1).sources
         self.vocab_size = shape.vocab_size
-        self._dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
+        self._dtype = DTYPES[options.dtype]
         self._area: SharedTensors | None = None
         self._llm: Any = None
         self._stats: Any = None
@@ -103,7 +106,9 @@ class VllmServer:
 
         def build() -> Any:
             config = _engine_arguments(self._options).create_engine_config()
-            return AsyncLLM.from_vllm_config(config, stat_loggers=[stats.logger], disable_log_stats=True)
+            return AsyncLLM.from_vllm_config(
+                config, stat_loggers=[stats.logger], disable_log_stats=True
+            )
 
         # In a thread: probes and leases go on meanwhile.
         self._llm = await asyncio.to_thread(build)
@@ -216,7 +221,10 @@ class VllmServer:
         return 0
 
     def load(self) -> EngineLoad:
-        return EngineLoad(0, 0, 0.0) if self._stats is None else self._stats.load()
+        if self._llm is None:
+            return EngineLoad(0, 0, 0.0)
+        # The engine reports after its steps only, and takes none when the last turn was ended.
+        return self._stats.load(num_open=self._llm.output_processor.get_num_unfinished_requests())
 
     def failure(self) -> str:
         if self._llm is not None and self._llm.errored:
@@ -229,6 +237,37 @@ class VllmServer:
             await asyncio.to_thread(llm.shutdown, CLOSE_S)
         if self._area is not None:
             self._area.unlink()
+
+
+def make_vllm_engine(
+    model_dir: Path, section: RolloutSection, *, context_tokens: int
+) -> VllmEngine:
+    """Build the configured engine.
+
+    Raises:
+        ValueError: a model that the engine cannot hold or compute, named.
+    """
+    assert section.dtype != "float64"  # refused by the configuration
+    server = VllmServer(
+        ServerOptions(
+            model_dir=model_dir,
+            dtype=section.dtype,
+            context_tokens=context_tokens,
+            max_running=section.max_running,
+            step_tokens=section.step_tokens,
+            tensor_parallel_size=section.vllm.tensor_parallel_size,
+            kv_cache_bytes=section.vllm.kv_cache_bytes,
+            gpu_memory_utilization=section.vllm.gpu_memory_utilization,
+            block_tokens=section.vllm.block_tokens,
+            shared_dir=Path(section.vllm.shared_dir),
+        )
+    )
+    return VllmEngine(
+        server,
+        dtype=DTYPES[section.dtype],
+        context_tokens=context_tokens,
+        sync=Sync(**section.sync.model_dump()),
+    )
 
 
 def _engine_arguments(options: ServerOptions) -> Any:

@@ -118,9 +118,7 @@ def sources_by_module(layout: Layout) -> dict[str, tuple[str, ...]]:
     return {module: tuple(sources) for module, sources in modules.items()}
 
 
-def modules_to_load(
-    sources: dict[str, tuple[str, ...]], changed: Iterable[str]
-) -> tuple[str, ...]:
+def modules_to_load(sources: dict[str, tuple[str, ...]], changed: Iterable[str]) -> tuple[str, ...]:
     """Return the modules of which anything changed, in the model's order."""
     names = set(changed)
     return tuple(module for module, parts in sources.items() if names.intersection(parts))

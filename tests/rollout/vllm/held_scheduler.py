@@ -16,12 +16,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from tests.rollout.vllm.gate import VARIABLE
 
 
-
-
 class HeldScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        with open(os.environ[VARIABLE], "rb") as file:  # noqa: PTH123 - its descriptor
+        with open(os.environ[VARIABLE], "rb") as file:
             self._limit = mmap.mmap(file.fileno(), 8, prot=mmap.PROT_READ)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ class HeldEngine(VllmEngine):
 
     def __init__(self, model_dir: Path, dtype: Any, folder: Path) -> None:
         self.gate = folder / "gate"
-        self.hold_at(UNHELD)
+        self.hold_at(None)
         options = ServerOptions(
             model_dir=model_dir,
             dtype=dtype,
@@ -44,12 +44,12 @@ class HeldEngine(VllmEngine):
             self.server, dtype=DTYPES[dtype], context_tokens=CONTEXT, sync=Sync(swap_timeout_s=20)
         )
 
-    def hold_at(self, num_tokens: int) -> None:
-        if self.gate.exists():
-            with self.gate.open("r+b") as file:
-                file.write(struct.pack("q", num_tokens))
-        else:
-            self.gate.write_bytes(struct.pack("q", num_tokens))
+    def hold_at(self, num_tokens: int | None) -> None:
+        """Let no turn get further than so many tokens; None: let them go."""
+        limit = struct.pack("q", UNHELD if num_tokens is None else num_tokens)
+        # In place: the scheduler has the file mapped.
+        with self.gate.open("r+b" if self.gate.exists() else "wb") as file:
+            file.write(limit)
 
     async def start(self) -> None:
         os.environ[VARIABLE] = str(self.gate)
@@ -57,7 +57,7 @@ class HeldEngine(VllmEngine):
 
     async def forget(self) -> None:
         """Be as if just started."""
-        self.hold_at(UNHELD)
+        self.hold_at(None)
         self.interrupt()
         while self._turns:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
