@@ -27,7 +27,7 @@ class EngineStats:
         self._waiting = 0
         self._kv_used_ratio = 0.0
         self._busy_since: float | None = None
-        self._sums = dict.fromkeys(
+        self._sums: dict[str, float] = dict.fromkeys(
             (
                 "sampled_tokens", "prefill_tokens", "prefix_query_tokens", "prefix_hit_tokens",
                 "preemptions", "steps", "busy_s",

@@ -124,4 +124,6 @@ def modules_to_load(sources: dict[str, tuple[str, ...]], changed: Iterable[str])
     return tuple(module for module, parts in sources.items() if names.intersection(parts))
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)
+def register_backend() -> None:
+    """Make vLLM find the backend by its name; once per process."""
+    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
-from services.rollout import vllm_transfer  # noqa: F401 - registers the backend
+from services.rollout.vllm_transfer import register_backend
 from services.rollout.sampling import draw_bits
 
 OWNER_VARIABLE = "LAGWISE_ROLLOUT_PID"
@@ -124,4 +124,5 @@ def _lives(pid: int) -> bool:
     return True
 
 
+register_backend()
 _prepare_process()
