@@ -8,13 +8,11 @@ Everything that touches vLLM's interfaces from the rollout's side is in this fil
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,44 +20,23 @@ from services.rollout.config import RolloutSection
 from services.rollout.engine import EngineDead, EngineLoad, SampleSpec
 from services.rollout.sampling import seed_bits
 from services.rollout.shared_tensors import SharedTensors
-from services.rollout.vllm_engine import Output, PauseMode, Sync, VllmEngine
+from services.rollout.vllm_engine import VllmEngine
+from services.rollout.vllm_names import OWNER_VARIABLE
+from services.rollout.vllm_options import (
+    ENVIRONMENT,
+    ServerOptions,
+    check_head_size,
+    engine_arguments,
+    published_shapes,
+    read_config,
+)
+from services.rollout.vllm_port import Output, PauseMode, Sync
 from shared.weights.qwen3_layout import Qwen3Shape, qwen3_layout
 from shared.wire.weights import TensorSpec
-
-ENVIRONMENT = {
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
-    # One engine process on one device; several start workers of their own.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Several rollouts share a machine: vLLM would bind each of them to the same first cores.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "TORCHDYNAMO_DISABLE": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-"""Set where the environment does not say otherwise, before vLLM is imported."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 CLOSE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class ServerOptions:
-    """What vLLM is started with; see `VllmSection` for the meaning."""
-
-    model_dir: Path
-    dtype: Literal["bfloat16", "float32"]
-    context_tokens: int
-    max_running: int
-    step_tokens: int
-    tensor_parallel_size: int = 1
-    kv_cache_bytes: int = 0
-    gpu_memory_utilization: float = 0.9
-    block_tokens: int = 32
-    shared_dir: Path = Path("/dev/shm")
-    scheduler_class: str = ""
-    """Import path of a scheduler, for tests that hold turns at a token boundary."""
 
 
 class VllmServer:
@@ -73,16 +50,16 @@ class VllmServer:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._options = options
-        raw = _read_config(options.model_dir)
+        raw = read_config(options.model_dir)
         shape = Qwen3Shape.of(raw)
         qwen3_layout(shape, 0, options.tensor_parallel_size)  # heads must divide among ranks
-        _check_head_size(shape.head_dim)
+        check_head_size(shape.head_dim)
         if options.context_tokens > int(raw["max_position_embeddings"]):
             raise ValueError(
                 f"context_tokens {options.context_tokens} exceeds the model's "
                 f"{raw['max_position_embeddings']} positions ({options.model_dir})"
             )
-        self.shapes: Mapping[str, tuple[int, ...]] = qwen3_layout(shape, 0, 1).sources
+        self.shapes: Mapping[str, tuple[int, ...]] = published_shapes(raw)
         self.vocab_size = shape.vocab_size
         self._dtype = DTYPES[options.dtype]
         self._area: SharedTensors | None = None
@@ -97,7 +74,6 @@ class VllmServer:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from services.rollout.vllm_metrics import EngineStats
-        from services.rollout.vllm_worker import OWNER_VARIABLE
 
         path = self._options.shared_dir / f"lagwise-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._area = SharedTensors(path, self.shapes, self._dtype, create=True)
@@ -105,7 +81,7 @@ class VllmServer:
         stats = self._stats = EngineStats()
 
         def build() -> Any:
-            config = _engine_arguments(self._options).create_engine_config()
+            config = engine_arguments(self._options).create_engine_config()
             return AsyncLLM.from_vllm_config(
                 config, stat_loggers=[stats.logger], disable_log_stats=True
             )
@@ -268,68 +244,3 @@ def make_vllm_engine(
         context_tokens=context_tokens,
         sync=Sync(**section.sync.model_dump()),
     )
-
-
-def _engine_arguments(options: ServerOptions) -> Any:
-    from vllm.config import WeightTransferConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.platforms import current_platform
-
-    from services.rollout.vllm_transfer import BACKEND
-
-    on_cpu = current_platform.is_cpu()
-    more: dict[str, Any] = {}
-    if options.kv_cache_bytes or on_cpu:
-        more["kv_cache_memory_bytes"] = options.kv_cache_bytes or 256 << 20
-    if options.tensor_parallel_size == 1:
-        more["distributed_executor_backend"] = "uni"
-    if options.scheduler_class:
-        more["scheduler_cls"] = options.scheduler_class
-    return AsyncEngineArgs(
-        model=str(options.model_dir),
-        served_model_name="policy",
-        skip_tokenizer_init=True,
-        load_format="dummy",  # the weights come over the bus
-        dtype=options.dtype,
-        max_model_len=options.context_tokens,
-        max_num_seqs=options.max_running,
-        max_num_batched_tokens=max(options.step_tokens, options.max_running),
-        block_size=options.block_tokens,
-        tensor_parallel_size=options.tensor_parallel_size,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        enforce_eager=on_cpu,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs",
-        generation_config="vllm",
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        worker_extension_cls="services.rollout.vllm_worker.RolloutWorker",
-        **more,
-    )
-
-
-def _check_head_size(head_dim: int) -> None:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    known = CPUAttentionBackend.get_supported_head_sizes()
-    if head_dim not in known:
-        raise ValueError(
-            f"head_dim {head_dim}: vLLM on CPUs computes {', '.join(map(str, known))}; "
-            "take another model, or rollout.engine: torch"
-        )
-
-
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    file = model_dir / "config.json"
-    try:
-        raw = json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"model {model_dir}: no readable config.json: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return raw

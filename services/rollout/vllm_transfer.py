@@ -33,10 +33,9 @@ from vllm.model_executor.model_loader.reload import (
 
 from services.rollout.loading_check import LoadingCheck
 from services.rollout.shared_tensors import SharedTensors
+from services.rollout.vllm_names import BACKEND
 from shared.weights.layouts import Layout
 from shared.weights.qwen3_layout import EMBED, HEAD, Qwen3Shape, qwen3_layout
-
-BACKEND = "lagwise"
 
 
 @dataclass
@@ -70,7 +69,7 @@ class SharedMemoryTransfer(WeightTransferEngine):
         self._shapes = qwen3_layout(shape, 0, 1).sources
         num_ranks = self.parallel_config.tensor_parallel_size
         self._layout = qwen3_layout(shape, get_tensor_model_parallel_rank(), num_ranks)
-        self._check = LoadingCheck(model, self._layout)
+        self.check = LoadingCheck(model, self._layout)
         self._modules = sources_by_module(self._layout)
         self._loaded: set[str] = set()
         """Modules of the update in progress."""
@@ -89,18 +88,18 @@ class SharedMemoryTransfer(WeightTransferEngine):
         tensors = self._area.tensors
         modules = modules_to_load(self._modules, update_info.names)
         self._loaded.update(modules)
-        with self._check.watching(tensors):
+        with self.check.watching(tensors):
             self.model.load_weights(
                 (name, tensors[name]) for module in modules for name in self._modules[module]
             )
 
     def finish_weight_update(self) -> None:
         assert self._area is not None, "init_transfer_engine comes first"
-        with self._check.watching(self._area.tensors):
+        with self.check.watching(self._area.tensors):
             finalize_layerwise_reload(self.model, self.model_config)
             if self._tied and EMBED.removesuffix(".weight") in self._loaded:
                 self._pack_head()
-        self._check.compare(self._loaded, self._area.tensors)
+        self.check.compare(self._loaded, self._area.tensors)
 
     def shutdown(self) -> None:
         self._area = None

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
-from services.rollout.vllm_transfer import register_backend
 from services.rollout.sampling import draw_bits
+from services.rollout.vllm_names import OWNER_VARIABLE
+from services.rollout.vllm_transfer import register_backend
 
-OWNER_VARIABLE = "LAGWISE_ROLLOUT_PID"
-"""The rollout that these processes belong to."""
 WATCH_S = 0.5
 
 Seeding = Literal["counted", "native"]
@@ -33,6 +32,7 @@ class RolloutWorker:
 
     model_runner: Any
     use_v2_model_runner: bool
+    weight_transfer_engine: Any
 
     def lagwise_prepare(self) -> Seeding:
         """Make token i of an answer a function of (seed, i) and the logits, and say how.
@@ -45,6 +45,10 @@ class RolloutWorker:
             return "native"
         CountedDraws(self.model_runner).install()
         return "counted"
+
+    def lagwise_checking(self, enabled: bool) -> None:
+        """Compare what is loaded, or (for the benchmark) do not."""
+        self.weight_transfer_engine.check.enabled = enabled
 
 
 class CountedDraws:

@@ -14,7 +14,7 @@ from random import Random
 import torch
 
 from services.rollout.engine import EngineDead, EngineLoad, SampleSpec
-from services.rollout.vllm_engine import Output, PauseMode
+from services.rollout.vllm_port import Output, PauseMode
 from shared.weights.digests import spec as spec_of
 from shared.wire.weights import TensorSpec
 

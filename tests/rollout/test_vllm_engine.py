@@ -14,7 +14,8 @@ import torch
 
 from services.rollout import vllm_engine
 from services.rollout.engine import EngineDead, SampleResult
-from services.rollout.vllm_engine import Sync, VllmEngine
+from services.rollout.vllm_engine import VllmEngine
+from services.rollout.vllm_port import Sync
 from tests.rollout.engines import ids_of, make_spec, stamps_of
 from tests.rollout.simulated_server import SimulatedServer
 

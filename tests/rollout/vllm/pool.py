@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
-from services.rollout.vllm_engine import Sync, VllmEngine
-from services.rollout.vllm_server import ServerOptions, VllmServer
+from services.rollout.vllm_engine import VllmEngine
+from services.rollout.vllm_options import ServerOptions
+from services.rollout.vllm_port import Sync
+from services.rollout.vllm_server import VllmServer
 from tests.rollout.vllm.gate import VARIABLE
 
 CONTEXT = 96

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import EngineDead
-from services.rollout.vllm_engine import Sync
 from services.rollout.vllm_metrics import VllmCollector
-from services.rollout.vllm_server import ServerOptions, VllmServer
+from services.rollout.vllm_options import ServerOptions
+from services.rollout.vllm_port import Sync
+from services.rollout.vllm_server import VllmServer
 from tests.rollout.engines import (
     Versions,
     ids_of,
@@ -238,6 +240,46 @@ async def test_a_pod_whose_engine_process_dies_while_idle_goes_unready_and_comes
         assert context.version == 0
         assert len(made) == 2
     await world.bus.close()
+
+
+async def test_an_engine_ends_with_its_rollout_and_not_with_ctrl_c(untied_dir: Path) -> None:
+    script = (
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from services.rollout.vllm_options import ServerOptions\n"
+        "from services.rollout.vllm_server import VllmServer\n"
+        "async def main():\n"
+        "    options = ServerOptions(Path(sys.argv[1]), 'bfloat16', 96, 8, 64,\n"
+        "                            kv_cache_bytes=16 << 20)\n"
+        "    server = VllmServer(options)\n"
+        "    await server.start()\n"
+        "    manager = server._llm.engine_core.resources.engine_manager\n"
+        "    print('pid', manager.processes[0].pid, flush=True)\n"
+        "    await asyncio.sleep(1000)\n"
+        "asyncio.run(main())\n"
+    )
+    rollout = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, str(untied_dir), stdout=asyncio.subprocess.PIPE
+    )
+    assert rollout.stdout is not None
+    engine = 0
+    async with asyncio.timeout(180):
+        while not engine:
+            words = (await rollout.stdout.readline()).split()
+            engine = int(words[1]) if words[:1] == [b"pid"] else 0
+    os.kill(engine, signal.SIGINT)
+    await asyncio.sleep(0.5)
+    assert _lives(engine)
+    rollout.kill()
+    await rollout.wait()
+    await eventually(lambda: not _lives(engine), 15)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 async def test_vllms_own_metrics_are_exported_with_bounded_labels(untied_dir: Path) -> None:
