@@ -103,17 +103,18 @@ def make_engine(config: RolloutConfig) -> Engine:
 
 
 def _make_vllm(config: RolloutConfig) -> Engine:
+    from services.rollout.vllm_server import make_vllm_engine
+
     section = config.rollout
     try:
-        from services.rollout.vllm_server import make_vllm_engine
+        return make_vllm_engine(
+            Path(config.model.source), section, context_tokens=config.sampling.context_tokens
+        )
     except ImportError as error:
         raise ValueError(
             f"rollout.engine vllm: {error}; run it in the environment that `make install-vllm` "
             "makes, or take rollout.engine: torch"
         ) from error
-    return make_vllm_engine(
-        Path(config.model.source), section, context_tokens=config.sampling.context_tokens
-    )
 
 
 class Rollout:

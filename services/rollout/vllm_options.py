@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from shared.weights.qwen3_layout import Qwen3Shape, qwen3_layout
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
     # One engine process on one device; several start workers of their own.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Several rollouts share a machine: vLLM would bind each of them to the same first cores.
@@ -83,6 +83,19 @@ def engine_arguments(options: ServerOptions) -> Any:
         worker_extension_cls=WORKER_EXTENSION,
         **more,
     )
+
+
+def choose_start_method() -> None:
+    """Fork the engine where that is safe: it saves the second import of everything, seconds of CPU.
+
+    To be called once vLLM has made its configuration, which asks for `spawn` on CPUs for the sake
+    of compiler threads that eager execution does not have. With several OpenMP threads it stays:
+    a forked child whose parent has used them hangs.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
 
 def check_head_size(head_dim: int) -> None:

@@ -26,6 +26,7 @@ from services.rollout.vllm_options import (
     ENVIRONMENT,
     ServerOptions,
     check_head_size,
+    choose_start_method,
     engine_arguments,
     published_shapes,
     read_config,
@@ -82,6 +83,7 @@ class VllmServer:
 
         def build() -> Any:
             config = engine_arguments(self._options).create_engine_config()
+            choose_start_method()
             return AsyncLLM.from_vllm_config(
                 config, stat_loggers=[stats.logger], disable_log_stats=True
             )
