@@ -248,7 +248,11 @@ class VllmEngine:
 
     async def _ended_by_death(self, turn: _Turn, output: Awaitable[Output]) -> Output:
         turn.task = asyncio.ensure_future(output)
-        return await self._or_dead(turn.task)
+        try:
+            return await self._or_dead(turn.task)
+        except EngineDead as error:
+            self._die(str(error))
+            raise
 
     async def _within(self, call: Awaitable[T]) -> T:
         """Await a call of the server's, no longer than it lives and than a swap may take."""

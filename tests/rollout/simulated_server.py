@@ -48,6 +48,10 @@ class SimulatedServer:
         self.nan_under: str = ""
         self.held = False
         """Nobody gets a token."""
+        self.limit = 1 << 40
+        """Nobody gets more of them."""
+        self.swap_s = 0.0
+        self.queued = 0
         self.running: dict[str, Running] = {}
         self.answers: list[Running] = []
         self._task: asyncio.Task[None] | None = None
@@ -73,7 +77,7 @@ class SimulatedServer:
                 continue
             assert not self.swapping
             for running in list(self.running.values()):
-                if self.random.random() < 0.7:
+                if len(running.tokens) < self.limit and self.random.random() < 0.7:
                     self._step(running)
 
     def _step(self, running: Running) -> None:
@@ -104,6 +108,7 @@ class SimulatedServer:
         assert self.paused
         self.swapping = True
         await self._call("swap")
+        await asyncio.sleep(self.swap_s)
         self.swapping = False
         self.label = label
 
@@ -149,7 +154,7 @@ class SimulatedServer:
         return 0 if running is None else len(running.tokens)
 
     def load(self) -> EngineLoad:
-        return EngineLoad(len(self.running), 0, 0.0)
+        return EngineLoad(len(self.running), self.queued, 0.0)
 
     def failure(self) -> str:
         return self.dead

@@ -112,14 +112,15 @@ class Borrowed:
         self._model_dir = model_dir
         self._dtype = dtype
         self._engine: HeldEngine | None = None
+        self._closed = False
 
     async def start(self) -> None:
         self._engine = await POOL.take(self._model_dir, self._dtype)
 
     async def close(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await POOL.give_back(engine, self._model_dir, self._dtype)
+        if self._engine is not None and not self._closed:
+            self._closed = True
+            await POOL.give_back(self._engine, self._model_dir, self._dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

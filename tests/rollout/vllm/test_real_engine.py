@@ -242,6 +242,7 @@ async def test_a_pod_whose_engine_process_dies_while_idle_goes_unready_and_comes
     await world.bus.close()
 
 
+@pytest.mark.timeout(400)
 async def test_an_engine_ends_with_its_rollout_and_not_with_ctrl_c(untied_dir: Path) -> None:
     script = (
         "import asyncio, sys\n"
@@ -263,8 +264,8 @@ async def test_an_engine_ends_with_its_rollout_and_not_with_ctrl_c(untied_dir: P
     )
     assert rollout.stdout is not None
     engine = 0
-    async with asyncio.timeout(180):
-        while not engine:
+    async with asyncio.timeout(300):
+        while not engine and not rollout.stdout.at_eof():
             words = (await rollout.stdout.readline()).split()
             engine = int(words[1]) if words[:1] == [b"pid"] else 0
     os.kill(engine, signal.SIGINT)
