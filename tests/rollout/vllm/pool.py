@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from services.rollout.engine import EngineLoad
 from services.rollout.vllm_engine import VllmEngine
 from services.rollout.vllm_options import ServerOptions
 from services.rollout.vllm_port import Sync
@@ -121,6 +122,17 @@ class Borrowed:
         if self._engine is not None and not self._closed:
             self._closed = True
             await POOL.give_back(self._engine, self._model_dir, self._dtype)
+
+    @property
+    def failure(self) -> str:
+        return "" if self._engine is None else self._engine.failure
+
+    @property
+    def version(self) -> int:
+        return -1 if self._engine is None else self._engine.version
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(0, 0, 0.0) if self._engine is None else self._engine.load()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
