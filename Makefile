@@ -13,13 +13,18 @@ RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PA
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 S3 := $(VENV)/.installed-s3
+# vLLM holds transformers back: its environment is its own.
+VLLM_VENV ?= .venv-vllm
+VLLM := $(VLLM_VENV)/.installed
+VLLM_BASE := runs/base-vllm
+ENGINE ?= torch
 CHART := $(VENV)/.installed-chart
 TOOLS := .tools/.ready
 RELEASE_NAME ?= lagwise-test
 NAMESPACE ?= lagwise-test
 
 .PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean \
-	tools chart chart-run chart-package generated images push test-images test-cluster
+	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm images push test-images test-cluster
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -36,8 +41,25 @@ $(DEV): $(DEMO)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) dev
 	@touch $@
 
-demo: $(DEMO) ## train a small policy over real services, kill one, audit (SEED=0)
+install-vllm: $(VLLM) ## create .venv-vllm: vLLM for CPUs and what its tests need (1.8 GB)
+
+$(VLLM): pyproject.toml constraints-vllm.txt scripts/install.sh
+	@PYTHON=$(PYTHON) scripts/install.sh $(VLLM_VENV) rollout-cpu
+	@touch $@
+
+demo: demo-$(ENGINE) ## train a small policy over real services, kill one, audit (SEED=0, ENGINE=torch|vllm)
+
+demo-torch: $(DEMO)
 	$(BIN)/lagwise demo --seed $(SEED)
+
+# vLLM's attention on CPUs knows no heads of size 24: the same policy with heads of 32.
+$(VLLM_BASE)/config.json: | $(DEMO)
+	$(RUN) $(BIN)/python examples/frozen_lake/make_base.py --out $(VLLM_BASE) --head-dim 32
+
+demo-vllm: $(DEMO) $(VLLM) $(VLLM_BASE)/config.json
+	LAGWISE_ROLLOUT_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/lagwise demo --seed $(SEED) \
+		--run-dir runs/demo-vllm --set model.source=$(VLLM_BASE) --set rollout.engine=vllm \
+		$(DEMO_ARGS)
 
 bench-demo: $(DEMO) ## the demo over SEEDS=10 seeds: table and runs/bench/demo.json
 	$(BIN)/python -m shared.cli.bench_demo --seeds $(SEEDS)
@@ -97,6 +119,15 @@ test-images: ## build the images and run them hardened (docker or podman)
 
 test-cluster: $(CHART) $(TOOLS) ## install, upgrade, scale, uninstall on a real cluster (KUBECONFIG=, REGISTRY=)
 	$(RUN) RELEASE=$(RELEASE_NAME) NAMESPACE=$(NAMESPACE) scripts/test_cluster.sh
+
+test-vllm: $(VLLM) ## the engine contract and what only vLLM has, on real engines (10 minutes)
+	$(RUN) LAGWISE_TEST_ENGINES=vllm $(VLLM_VENV)/bin/python -m pytest \
+		tests/rollout/test_engine_contract.py tests/rollout/vllm --timeout 240 -W default \
+		-o asyncio_default_test_loop_scope=session -o asyncio_default_fixture_loop_scope=session \
+		$(PYTEST_ARGS)
+
+bench-rollout: $(VLLM) ## the service against bare vLLM: table and runs/bench/rollout.json
+	$(RUN) $(VLLM_VENV)/bin/python -m shared.cli.bench_rollout $(ROLLOUT_ARGS)
 
 chaos: $(DEV) ## the whole kill matrix; slow
 	$(RUN) $(BIN)/python -m pytest -m chaos --timeout 900 $(PYTEST_ARGS)

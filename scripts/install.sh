@@ -2,6 +2,8 @@
 # Install into a virtual environment: scripts/install.sh VENV EXTRA
 #
 # torch comes first, and only as a CPU build: PyPI's default Linux build brings gigabytes of CUDA.
+# vLLM on CPUs (extra rollout-cpu) comes as a list of exact versions: resolving it would bring CUDA
+# builds of packages that it does not use on CPUs, and a transformers that the learner cannot have.
 # What the demo's installation took goes to VENV/.install_s, for its summary.
 set -euo pipefail
 
@@ -54,7 +56,14 @@ sys.exit('torch==' + m.version('torch').split('+')[0] != '$pinned')" 2>/dev/null
 fi
 
 say ".[$extra]"
-pip install --quiet --constraint constraints.txt --editable ".[$extra]"
+if [ "$extra" = rollout-cpu ]; then
+    "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+        fail "vLLM needs the system library libnuma.so.1: on Debian, apt install libnuma1"
+    pip install --quiet --no-deps --requirement constraints-vllm.txt
+    pip install --quiet --no-deps --editable .
+else
+    pip install --quiet --constraint constraints.txt --editable ".[$extra]"
+fi
 
 spent=$("$venv/bin/python" -c "import time; print(f'{time.time() - $started:.1f}')")
 [ "$extra" != demo ] || echo "$spent" >"$venv/.install_s"

@@ -1,6 +1,6 @@
 """Make the demo's base model: a tiny tokenizer and a small, barely competent Qwen3 policy.
 
-    python examples/frozen_lake/make_base.py [--out DIR] [--seed N]
+    python examples/frozen_lake/make_base.py [--out DIR] [--seed N] [--head-dim N]
 
 Seeded and single-threaded: the same versions of torch and transformers give the same bytes. The
 policy is warmed up on noisy demonstrations (a third expert moves, the rest random), on maps of the
@@ -50,7 +50,7 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_policy() -> Qwen3ForCausalLM:
+def make_policy(head_dim: int) -> Qwen3ForCausalLM:
     """Qwen3 with 0.2 M parameters, in float32."""
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
@@ -59,7 +59,7 @@ def make_policy() -> Qwen3ForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=24,
+        head_dim=head_dim,
         max_position_embeddings=256,
         # About 1/sqrt(hidden_size): with the default of 0.02, made for wide models, this one grows
         # sharp while it learns, and amplifies float32 rounding to 1e-4 nats.
@@ -173,13 +173,13 @@ def save(policy: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
-async def main(folder: Path, seed: int) -> int:
+async def main(folder: Path, seed: int, head_dim: int) -> int:
     """Make, measure and save; 1 when the base is outside the range that the demo needs."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     started = time.perf_counter()
-    tokenizer, policy = make_tokenizer(), make_policy()
+    tokenizer, policy = make_tokenizer(), make_policy(head_dim)
     num_parameters = sum(p.numel() for p in policy.parameters())
     print(f"{num_parameters:,} parameters, {len(VOCABULARY)} tokens, seed {seed}")
     await warm_up(policy, tokenizer, seed)
@@ -204,5 +204,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--head-dim", type=int, default=24, help="vLLM on CPUs needs 32")
     arguments = parser.parse_args()
-    raise SystemExit(asyncio.run(main(arguments.out, arguments.seed)))
+    raise SystemExit(asyncio.run(main(arguments.out, arguments.seed, arguments.head_dim)))

@@ -37,7 +37,7 @@ from services.learner.task_source import TaskSource
 from shared.backends.torch_backend import TorchBackend
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
-from shared.runtime.errors import Conflict
+from shared.runtime.errors import BusError, Conflict
 from shared.runtime.intake import accept
 from shared.runtime.leases import LeaseBoard
 from shared.weights.assembly import make_publisher

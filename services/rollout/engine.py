@@ -1,4 +1,4 @@
-"""What a rollout asks of an inference engine: the torch engine here, vLLM next."""
+"""What a rollout asks of an inference engine: `torch_engine.py` or `vllm_engine.py`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,18 @@ class Engine(Protocol):
         """Version in use; -1 before the first update. Void (-1) while one is being written."""
         ...
 
-    async def start(self) -> None: ...
+    @property
+    def failure(self) -> str:
+        """Why it can never sample again; empty while it can."""
+        ...
+
+    async def start(self) -> None:
+        """Start it.
+
+        Raises:
+            EngineDead: it cannot be started.
+        """
+        ...
 
     async def sample(self, spec: SampleSpec) -> SampleResult:
         """Sample one turn with continuous batching.

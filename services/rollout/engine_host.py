@@ -35,6 +35,7 @@ class EngineHost:
         self._applied = False
         """The engine got the head, or the one that `changed` is relative to."""
         self._dead = False
+        self._updating = False
         self._revived_for = -1
         self._past: dict[str, float] = {}
         """Counters of the engines that died, and the host's own."""
@@ -48,6 +49,16 @@ class EngineHost:
 
     @property
     def version(self) -> int:
+        return self._engine.version
+
+    @property
+    def least_version(self) -> int:
+        """A request that comes now is sampled under this version or a later one.
+
+        While a version is written the engine holds requests back until it is there.
+        """
+        if self._updating and not self._dead and self._engine.version < 0:
+            return self._shown
         return self._engine.version
 
     def counters(self) -> dict[str, float]:
@@ -83,6 +94,14 @@ class EngineHost:
                 self._revived_for = manifest.version
                 await self._bring_up(manifest, state, None)
 
+    def look(self) -> bool:
+        """Return whether the engine has died without a caller to tell, and record it."""
+        reason = self._engine.failure
+        if not reason or self._dead:
+            return False
+        self.died(self._engine, EngineDead(reason))
+        return True
+
     def died(self, engine: Engine, error: EngineDead) -> None:
         """Record what a caller got from `engine`; `revive` or the next head makes a new one."""
         if engine is self._engine and not self._dead:
@@ -96,10 +115,11 @@ class EngineHost:
     ) -> None:
         """Get a version into a living engine, or record why not."""
         self._shown = manifest.version
-        if self._dead:
-            await self._rebuild()
-        complete = None if not self._applied else changed
         try:
+            if self._dead:
+                await self._rebuild()
+            complete = None if not self._applied else changed
+            self._updating = True
             await self._engine.update(manifest.version, state, complete)
             await self._verify(manifest, state)
         except EngineDead as error:
@@ -107,6 +127,8 @@ class EngineHost:
             # At once: nothing that the wrong weights sample may be answered.
             await self._engine.close()
             return
+        finally:
+            self._updating = False
         self._applied = True
         self.problem = ""
 

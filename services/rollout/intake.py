@@ -6,6 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal
 
+from services.rollout.engine import EngineLoad
 from shared.wire.messages import Refused, SampleRequest
 
 
@@ -20,6 +21,8 @@ class Desk:
     max_concurrency: int
     unable: str = ""
     """Why nothing can be served now (draining, no engine); empty when it can."""
+    pressure: str = ""
+    """Why the engine should get nothing more for now; empty when it may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,24 @@ class Ignore:
 @dataclass(frozen=True, slots=True)
 class Serve:
     """Accept it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How full the engine may become; None: as full as it gets."""
+
+    max_waiting: int | None = None
+    max_kv_used_ratio: float | None = None
+
+
+def pressure(load: EngineLoad, limits: Limits) -> str:
+    """Return what keeps further requests out of the engine, or nothing."""
+    if limits.max_waiting is not None and load.waiting >= limits.max_waiting:
+        return f"{load.waiting} turns wait in the engine, max_waiting is {limits.max_waiting}"
+    most = limits.max_kv_used_ratio
+    if most is not None and load.waiting and load.kv_used_ratio >= most:
+        return f"{load.kv_used_ratio:.2f} of the cache is in use, max_kv_used_ratio is {most:g}"
+    return ""
 
 
 def judge(request: SampleRequest, reply: str, now: float, desk: Desk) -> Serve | Ignore | Refused:
@@ -56,6 +77,8 @@ def judge(request: SampleRequest, reply: str, now: float, desk: Desk) -> Serve |
             reason=f"{desk.num_open} requests are open, max_concurrency is {desk.max_concurrency}",
             retryable=True,
         )
+    if desk.pressure:
+        return Refused(reason=desk.pressure, retryable=True)
     return Serve()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from services.rollout.qwen3_config import Qwen3Config
+from services.rollout.state_check import check_state
 from shared.weights.digests import spec, specs, version_digest
 
 EMBED = "model.embed_tokens.weight"
@@ -76,17 +77,8 @@ class DeviceWeights:
         Raises:
             ValueError: names both sides of the first disagreement.
         """
-        if odd := sorted(self._views.keys() ^ state.keys()):
-            side = "the published state" if odd[0] in state else "the model"
-            raise ValueError(f"tensor {odd[0]!r} is only in {side} ({len(odd)} such tensors)")
-        for name, view in self._views.items():
-            tensor = state[name]
-            if tensor.shape != view.shape:
-                raise ValueError(
-                    f"tensor {name!r}: published {list(tensor.shape)}, model {list(view.shape)}"
-                )
-            if not tensor.dtype.is_floating_point:
-                raise ValueError(f"tensor {name!r}: published {tensor.dtype}, model {view.dtype}")
+        shapes = {name: view.shape for name, view in self._views.items()}
+        check_state(state, shapes, self.dtype)
 
     def write(self, cast: Mapping[str, torch.Tensor]) -> None:
         """Overwrite the named tensors and whatever is derived from them."""

@@ -16,7 +16,7 @@ from typing import Literal
 
 from services.rollout.engine import EngineDead, SampleResult, SampleSpec
 from services.rollout.engine_host import EngineHost
-from services.rollout.intake import Desk, Ignore, Serve, judge
+from services.rollout.intake import Desk, Ignore, Limits, Serve, judge, pressure
 from shared.runtime.context import Context
 from shared.runtime.errors import BusError
 from shared.wire.base import Array
@@ -60,6 +60,7 @@ class Requests:
         model_id: the model served.
         max_concurrency: most open requests.
         behind_wait_s: how long a request waits for a version that is on its way.
+        limits: how full the engine may become.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Requests:
         model_id: str,
         max_concurrency: int,
         behind_wait_s: float,
+        limits: Limits,
     ) -> None:
         self._context = context
         self._host = host
@@ -78,6 +80,7 @@ class Requests:
         self._model_id = model_id
         self._max_concurrency = max_concurrency
         self._behind_wait_s = behind_wait_s
+        self._limits = limits
         self._entries: dict[str, _Entry] = {}
         self._draining = False
         self._changed = asyncio.Event()
@@ -101,6 +104,7 @@ class Requests:
             num_open=len(self._entries),
             max_concurrency=self._max_concurrency,
             unable="draining" if self._draining else self._host.problem,
+            pressure=pressure(self._host.engine.load(), self._limits),
         )
         verdict = judge(request, reply, time.time(), desk)
         match verdict:
@@ -204,12 +208,12 @@ class Requests:
     async def _caught_up(self, entry: _Entry) -> bool:
         """Wait a little for a version that is on its way; not for a request that is to end."""
         min_version = entry.request.min_version
-        if self._host.version < min_version:
+        if self._host.least_version < min_version:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._behind_wait_s):
-                    while self._host.version < min_version and entry.ended is None:
+                    while self._host.least_version < min_version and entry.ended is None:
                         await self._changed.wait()
-        return self._host.version >= min_version
+        return self._host.least_version >= min_version
 
     async def _answer(self, reply: str, request_id: str, body: Body) -> None:
         message = SampleReply(request_id=request_id, pod=self._context.pod, body=body)

@@ -38,15 +38,22 @@ def seed_bits(seed: int) -> int:
     return seed & _SEED_MASK
 
 
+def draw_bits(
+    seeds_X: npt.NDArray[np.uint64], indices_X: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """Return the 64 random bits that (seed, token index) stands for.
+
+    Stateless: they depend on neither the batch nor on what was drawn before. Seeds are mixed
+    before the index is added, so that the streams of neighbouring seeds do not overlap.
+    """
+    return _mixed(_mixed(seeds_X * _GOLDEN + _GOLDEN) + indices_X * _GOLDEN)
+
+
 def uniforms(
     seeds_X: npt.NDArray[np.uint64], indices_X: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.float64]:
-    """Return the number in [0, 1) that (seed, token index) stands for.
-
-    Stateless: it depends on neither the batch nor on what was drawn before. Seeds are mixed
-    before the index is added, so that the streams of neighbouring seeds do not overlap.
-    """
-    bits = _mixed(_mixed(seeds_X * _GOLDEN + _GOLDEN) + indices_X * _GOLDEN)
+    """Return the number in [0, 1) that (seed, token index) stands for (`draw_bits`)."""
+    bits = draw_bits(seeds_X, indices_X)
     # 52 bits: the product with a total near one then never rounds up to the total.
     return (bits >> _SPARE_BITS).astype(np.float64) * 2.0**-52
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from services.rollout.config import RolloutConfig
-from services.rollout.engine import Engine
+from services.rollout.engine import Engine, EngineDead
 from services.rollout.engine_host import EngineHost
+from services.rollout.intake import Limits
 from services.rollout.requests import Requests
 from services.rollout.torch_engine import DTYPES, TorchEngine
 from shared.runtime.bus import CoreMessage, Subscription
@@ -43,7 +44,7 @@ async def serve(context: Context, config: RolloutConfig) -> None:
     Raises:
         ConfigError: the model directory or the context length cannot be used.
         BusUnavailable: the bus did not answer within its bounds.
-        Fatal: the published weights do not fit the model.
+        Fatal: the engine cannot be started, or the published weights do not fit the model.
     """
     section = config.rollout
     try:
@@ -52,12 +53,34 @@ async def serve(context: Context, config: RolloutConfig) -> None:
         raise ConfigError(str(error)) from error
     context.health.set_unready(host.problem)
     await context.bus.wait_for_streams(section.streams_timeout_s)
-    await host.start()
-    context.log.info("serving", engine=section.engine, dtype=section.dtype)
     try:
+        if not await _started(context, host):
+            return
+        context.log.info("serving", engine=section.engine, dtype=section.dtype)
+        if section.engine == "vllm":
+            from services.rollout.vllm_metrics import VllmCollector
+
+            context.registry.register(VllmCollector())
         await Rollout(context, config, host).run()
     finally:
         await host.close()
+
+
+async def _started(context: Context, host: EngineHost) -> bool:
+    """Start the engine; False: the stop signal came first."""
+    start = asyncio.ensure_future(host.start())
+    stop = asyncio.ensure_future(context.stop.wait())
+    await asyncio.wait((start, stop), return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not start.done():
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        return False
+    try:
+        start.result()
+    except EngineDead as error:
+        raise Fatal(str(error)) from error
+    return True
 
 
 def make_engine(config: RolloutConfig) -> Engine:
@@ -67,6 +90,8 @@ def make_engine(config: RolloutConfig) -> Engine:
         ValueError: the model directory or the context length cannot be used.
     """
     section = config.rollout
+    if section.engine == "vllm":
+        return _make_vllm(config)
     return TorchEngine(
         Path(config.model.source),
         dtype=section.dtype,
@@ -75,6 +100,21 @@ def make_engine(config: RolloutConfig) -> Engine:
         kv_slots=section.kv_slots,
         step_tokens=section.step_tokens,
     )
+
+
+def _make_vllm(config: RolloutConfig) -> Engine:
+    from services.rollout.vllm_server import make_vllm_engine
+
+    section = config.rollout
+    try:
+        return make_vllm_engine(
+            Path(config.model.source), section, context_tokens=config.sampling.context_tokens
+        )
+    except ImportError as error:
+        raise ValueError(
+            f"rollout.engine vllm: {error}; run it in the environment that `make install-vllm` "
+            "makes, or take rollout.engine: torch"
+        ) from error
 
 
 class Rollout:
@@ -94,6 +134,7 @@ class Rollout:
             model_id=config.model.model_id,
             max_concurrency=section.max_concurrency,
             behind_wait_s=section.behind_wait_s,
+            limits=Limits(section.max_waiting, section.max_kv_used_ratio),
         )
         self._history = make_history(config.weights, keep_past=False)
         self._follower = make_follower(
@@ -106,6 +147,7 @@ class Rollout:
         )
         self._subscriptions: list[Subscription] = []
         """The queue group's first."""
+        self._group_subject = context.bus.subjects.sample(config.model.model_id)
         self._draining = False
         self._foreign_until = 0.0
         self._started_s = time.thread_time()
@@ -197,6 +239,8 @@ class Rollout:
     async def _on_request(self, message: CoreMessage) -> None:
         request = await self._decoded(message, SampleRequest)
         if request is not None:
+            if message.subject != self._group_subject:
+                self._context.count("affine_requests")
             await self._requests.take(request, message.reply)
 
     async def _on_cancel(self, message: CoreMessage) -> None:
@@ -218,6 +262,8 @@ class Rollout:
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(self._section.heartbeat_s)
+            if self._host.look():
+                self._requests.engine_died.set()
             await self._requests.heartbeat()
             self._measure()
             self._look()
@@ -229,6 +275,12 @@ class Rollout:
         own_s = time.thread_time() - self._started_s
         context.busy_s = max(own_s, counters.pop("busy_s", 0.0))
         context.counters.update(counters)
+        context.gauges["prefix_hit_ratio"] = _share(
+            counters.get("prefix_hit_tokens", 0.0), counters.get("prefill_tokens", 0.0)
+        )
+        asked = context.counters.get("requests", 0.0)
+        affine = context.counters.get("affine_requests", 0.0)
+        context.gauges["affine_requests_ratio"] = _share(affine, asked - affine)
         context.counters["weight_bytes"] = float(self._follower.bytes_fetched)
         context.counters["weight_resyncs"] = float(self._follower.resyncs)
         context.counters["weight_faults"] = float(self._history.faults)
@@ -254,3 +306,8 @@ class Rollout:
                     await subscription.close()
         self._requests.abandon()
         self._measure()
+
+
+def _share(part: float, rest: float) -> float:
+    """Return `part` of both together, 0 of nothing."""
+    return part / (part + rest) if part + rest > 0 else 0.0

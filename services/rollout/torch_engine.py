@@ -22,7 +22,8 @@ from services.rollout.prefix_cache import PrefixCache
 from services.rollout.qwen3_config import read_config
 from services.rollout.qwen3_forward import KvCache, Qwen3Forward, RowGroup, score_sequences
 from services.rollout.qwen3_weights import DeviceWeights, cast_state
-from services.rollout.sampling import check_sampling, draw, seed_bits, uniforms
+from services.rollout.request_check import check_spec
+from services.rollout.sampling import draw, seed_bits, uniforms
 from services.rollout.scheduler import Finish, Row, Scheduler, Work
 from shared.wire.base import Array
 from shared.wire.messages import SampledTokens
@@ -87,6 +88,10 @@ class TorchEngine:
     @property
     def version(self) -> int:
         return self._version
+
+    @property
+    def failure(self) -> str:
+        return self._dead
 
     async def start(self) -> None:
         """Start the stepping loop."""
@@ -165,23 +170,10 @@ class TorchEngine:
 
     # --- inside
     def _row(self, spec: SampleSpec) -> Row:
-        check_sampling(spec.sampling)
-        ids = spec.token_ids
-        if not ids:
-            raise ValueError("the prefix is empty: give at least one token")
-        if spec.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {spec.max_new_tokens}: ask for at least one")
-        if len(ids) + spec.max_new_tokens > self.context_tokens:
-            raise ValueError(
-                f"{len(ids)} prefix + {spec.max_new_tokens} new tokens exceed the context of "
-                f"{self.context_tokens}"
-            )
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
-            odd = next(i for i in ids if not 0 <= i < self._vocab_size)
-            raise ValueError(f"token id {odd} is not in the vocabulary of {self._vocab_size}")
+        check_spec(spec, context_tokens=self.context_tokens, vocab_size=self._vocab_size)
         return Row(
             request_id=spec.request_id,
-            tokens=list(ids),
+            tokens=list(spec.token_ids),
             max_new_tokens=spec.max_new_tokens,
             stop_ids=frozenset(spec.sampling.stop_ids),
             temperature=spec.sampling.temperature,

@@ -230,7 +230,7 @@ class _Run:
         for role in START_ORDER:
             for index in range(self._values.replicas[role]):
                 pod = f"{role.replace('_', '-')}-{index}"
-                argv = self._python(f"services.{role}", "--pod", pod)
+                argv = self._python(f"services.{role}", "--pod", pod, role=role)
                 extra: dict[str, str] = {}
                 if self._common.telemetry.port:
                     # one address, one port: each process gets the next one
@@ -242,9 +242,11 @@ class _Run:
         )
         return commands
 
-    def _python(self, module: str, *arguments: str) -> tuple[str, ...]:
+    def _python(self, module: str, *arguments: str, role: str = "") -> tuple[str, ...]:
+        """Return the command of a module; a role may have an environment of its own (vLLM)."""
         config = str(self._folder.resolved_path)
-        return (sys.executable, "-m", module, "--config", config, *arguments)
+        python = os.environ.get(f"LAGWISE_{role.upper()}_PYTHON") or sys.executable
+        return (python, "-m", module, "--config", config, *arguments)
 
     def _command(
         self, pod: str, role: ChildRole, argv: tuple[str, ...], extra: dict[str, str]

@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.rollout.engines import ENGINES, EngineKind, Versions
+from tests.rollout.engines import ENGINES, VLLM, EngineKind, Versions
 from tests.rollout.models import write_model_dir
+
+collect_ignore = [] if VLLM else ["vllm"]
+
+if VLLM:
+
+    @pytest.fixture(scope="session", autouse=True)
+    async def engines_of_the_session() -> AsyncIterator[None]:
+        from tests.rollout.vllm.pool import POOL
+
+        yield
+        await POOL.close()
 
 
 @pytest.fixture(params=sorted(ENGINES))

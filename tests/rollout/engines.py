@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,18 @@ from tests.rollout.models import TOLERANCE, State, make_state, reference_logprob
 
 CONTEXT = 96
 
+VLLM = os.environ.get("LAGWISE_TEST_ENGINES") == "vllm"
+"""`make test-vllm`: the same suite on real vLLM engines, which its own environment has."""
+
 
 @dataclass(frozen=True)
 class EngineKind:
     make: Callable[..., Engine]
     dtype: torch.dtype
+    reuse_tokens: int = 1
+    """A prefix is reused in multiples of it."""
+    tick_s: float = 0.0
+    """About what a step takes, for disturbing turns while they run; 0: a turn of the loop."""
 
     @property
     def tolerance(self) -> float:
@@ -38,17 +46,29 @@ def _torch(dtype: str) -> Callable[..., TorchEngine]:
     return make
 
 
-ENGINES = {
-    "torch-float32": EngineKind(_torch("float32"), torch.float32),
-    "torch-float64": EngineKind(_torch("float64"), torch.float64),
-}
+def _engines() -> dict[str, EngineKind]:
+    if VLLM:
+        from tests.rollout.vllm.pool import Borrowed
+
+        def make(model_dir: Path, **_: Any) -> Any:
+            return Borrowed(model_dir, "float32")
+
+        kind = EngineKind(make, torch.float32, reuse_tokens=32, tick_s=0.0015)
+        return {"vllm-float32": kind}
+    return {
+        "torch-float32": EngineKind(_torch("float32"), torch.float32),
+        "torch-float64": EngineKind(_torch("float64"), torch.float64),
+    }
+
+
+ENGINES = _engines()
 
 
 @asynccontextmanager
 async def started(engine: Engine) -> AsyncIterator[Engine]:
     await engine.start()
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100.0 if VLLM else 30.0):
             yield engine
     finally:
         await engine.close()
@@ -114,7 +134,27 @@ class Versions:
         return worst
 
 
+@contextmanager
+def stepwise(engine: Engine) -> Iterator[None]:
+    """Hold every turn inside, at its start and then where `when_sampled` has brought it.
+
+    An engine whose steps are turns of this event loop stands still by itself.
+    """
+    hold = getattr(engine, "hold_at", None)
+    if hold is None:
+        yield
+        return
+    hold(0)
+    try:
+        yield
+    finally:
+        hold(None)
+
+
 async def when_sampled(engine: Engine, request_id: str, count: int) -> None:
     """Return at the token boundary after `count` tokens of a running request."""
+    hold = getattr(engine, "hold_at", None)
+    if hold is not None:
+        hold(count)
     while engine.num_sampled(request_id) < count:  # noqa: ASYNC110 - the boundary, not a time
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001 if hold else 0)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from services.rollout.intake import Desk, Ignore, Serve, judge
+from services.rollout.engine import EngineLoad
+from services.rollout.intake import Desk, Ignore, Limits, Serve, judge, pressure
 from shared.wire.base import Array
 from shared.wire.messages import Refused
 from tests.rollout.pods import make_request
@@ -50,3 +51,30 @@ def test_token_ids_of_another_kind_are_refused_for_good(token_ids: Array) -> Non
     assert isinstance(verdict, Refused)
     assert not verdict.retryable
     assert "i4[T]" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("load", "limits", "reason"),
+    [
+        (EngineLoad(8, 3, 0.99), Limits(), ""),
+        (EngineLoad(8, 3, 0.99), Limits(max_waiting=4), ""),
+        (EngineLoad(8, 4, 0.1), Limits(max_waiting=4), "4 turns wait in the engine"),
+        (EngineLoad(8, 1, 0.9), Limits(max_kv_used_ratio=0.9), "0.90 of the cache is in use"),
+        # A full cache that serves everybody is no pressure.
+        (EngineLoad(8, 0, 1.0), Limits(max_kv_used_ratio=0.9), ""),
+        (EngineLoad(8, 1, 0.8), Limits(max_kv_used_ratio=0.9), ""),
+    ],
+)
+def test_the_engines_queue_and_cache_keep_requests_out_for_now(
+    load: EngineLoad, limits: Limits, reason: str
+) -> None:
+    found = pressure(load, limits)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+    verdict = judge(make_request(expires=10.0), "inbox", 9.0, replace(DESK, pressure=found))
+    if reason:
+        assert isinstance(verdict, Refused)
+        assert verdict.retryable
+        assert reason in verdict.reason
+    else:
+        assert verdict == Serve()

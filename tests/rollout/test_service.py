@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from services.rollout.config import RolloutConfig
-from services.rollout.engine import SampleResult, SampleSpec
+from services.rollout.engine import EngineDead, SampleResult, SampleSpec
 from services.rollout.service import make_engine, serve
 from services.rollout.torch_engine import TorchEngine
 from shared.runtime.config import load
@@ -459,6 +460,86 @@ def test_a_context_beyond_the_models_positions_is_refused(untied_dir: Path) -> N
     )
     with pytest.raises(ValueError, match="500 exceeds the model's 128 positions"):
         make_engine(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "pattern"),
+    [
+        ({"engine": "vllm", "dtype": "float64"}, "float64: vLLM computes in bfloat16 and float32"),
+        ({"sync": {"mode": "wait"}}, "sync.mode wait: the torch engine swaps with `keep`"),
+        ({"sync": {"keep_kv": True}}, "keep_kv: the torch engine always computes prefixes anew"),
+        (
+            {"engine": "vllm", "sync": {"mode": "interrupt", "keep_kv": True}},
+            "sync.keep_kv needs sync.mode: keep, not interrupt",
+        ),
+        ({"sync": {"mod": "keep"}}, "`rollout.sync.mod` is not a known key"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_a_configuration_error(
+    section: dict[str, Any], pattern: str
+) -> None:
+    with pytest.raises(ConfigError, match=pattern):
+        load(RolloutConfig, {"rollout": section})
+
+
+def test_an_engine_that_is_not_installed_is_named_with_what_to_do(
+    untied_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)
+    config = make_config(untied_dir, engine="vllm")
+    with pytest.raises(ValueError, match=r"rollout.engine vllm: .*make install-vllm"):
+        make_engine(config)
+
+
+async def test_an_engine_that_dies_while_idle_is_noticed_and_rebuilt(world: World) -> None:
+    made: list[TorchEngine] = []
+
+    def make(config: RolloutConfig) -> TorchEngine:
+        made.append(TorchEngine(Path(config.model.source), dtype="float32", context_tokens=96))
+        return made[-1]
+
+    async with world.pod(make=make, heartbeat_s=0.02) as context:
+        made[0]._die("the process is gone")
+        await eventually(lambda: len(made) == 2)
+        await eventually(lambda: context.health.ready)
+        assert (await world.answer(make_request())).kind == "done"
+
+
+async def test_an_engine_that_cannot_be_started_ends_the_service_with_the_reason(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(_: TorchEngine) -> None:
+        raise EngineDead("no memory")
+
+    monkeypatch.setattr(TorchEngine, "start", start)
+    with pytest.raises(Fatal, match="no memory"):
+        await serve(world.context(), make_config(world.model_dir))
+
+
+async def test_a_stop_while_the_engine_starts_is_obeyed_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(_: TorchEngine) -> None:
+        await asyncio.sleep(1000)
+
+    monkeypatch.setattr(TorchEngine, "start", start)
+    context = world.context()
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        group.create_task(serve(context, make_config(world.model_dir)))
+        await asyncio.sleep(0.05)
+        context.stop.set()
+
+
+async def test_a_pod_reports_what_its_prefixes_saved_and_who_came_for_them(world: World) -> None:
+    async with world.pod() as context:
+        first = await world.answer(make_request("a", range(20)))
+        ids = [*range(20), *first.sampled.token_ids.numpy().tolist(), 1]
+        await world.answer(make_request("b", ids), pod="pod-a")
+        await eventually(lambda: context.counters.get("prefix_hit_tokens"))
+        await eventually(lambda: context.gauges.get("affine_requests_ratio") == 0.5)
+        # 24 of the second prefix's 26 tokens, of 46 in all.
+        assert context.gauges["prefix_hit_ratio"] == pytest.approx(24 / 46, abs=0.08)
 
 
 def test_fewer_slots_than_running_turns_are_a_configuration_error() -> None:
