@@ -2,9 +2,19 @@
 # Install what one image needs into the virtual environment on PATH: SERVICE, TORCH, TORCH_INDEX.
 set -eu
 
+constraints=constraints.txt
 case $SERVICE in
     learner) extra=learner,s3,nkeys torch=1 ;;
-    rollout | logit-oracle) extra=$SERVICE,s3,nkeys torch=1 ;;
+    logit-oracle) extra=logit-oracle,s3,nkeys torch=1 ;;
+    rollout)
+        torch=1
+        # vLLM where there is a GPU; it holds transformers back.
+        if [ "$TORCH" = cpu ]; then
+            extra=rollout-torch,s3,nkeys
+        else
+            extra=rollout,s3,nkeys constraints=/dev/null  # vLLM pins what it needs
+        fi
+        ;;
     env-agents) extra=env-agents,nkeys torch=0 ;;
     operator) extra=kube,nkeys torch=0 ;;
     *) echo "SERVICE=$SERVICE: learner, rollout, env-agents, logit-oracle or operator" >&2; exit 2 ;;
@@ -32,5 +42,5 @@ while todo:
         wanted += [] if inner else [requirement]
 print("\n".join(sorted(set(wanted))))
 PYTHON
-pip install --constraint constraints.txt --requirement /tmp/requirements.txt
+pip install --constraint "$constraints" --requirement /tmp/requirements.txt
 rm /tmp/requirements.txt
