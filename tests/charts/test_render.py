@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 
-import kubernetes_validate
 import pytest
 
 from tests.charts.rendering import (
@@ -23,6 +22,8 @@ from tests.charts.rendering import (
     render,
     with_pods,
 )
+
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="the chart extra")
 
 pytestmark = pytest.mark.chart
 

@@ -149,7 +149,8 @@ def build(spec: Spec | None = None) -> SyntheticRun:
     run.journal.append(
         RunStarted(
             incarnation="i1", seed=spec.seed, model_digest="d0",
-            config={"old_logprobs": {"route": spec.route}},
+            # what the journal does not say is looked up in resolved.yaml
+            config={"old_logprobs": {"route": spec.route}} if spec.route != "oracle" else {},
         )
     )  # fmt: skip
     _evaluate(run, "base", 0, rng)

@@ -58,8 +58,11 @@ def make_config(model_dir: Path, **rollout: object) -> RolloutConfig:
 class World:
     """One memory server with a learner publishing on it and a caller asking for tokens."""
 
-    def __init__(self, model_dir: Path) -> None:
+    def __init__(self, model_dir: Path, *, per_token: float | None = None) -> None:
+        """Publish for `model_dir`; with `per_token`, the canary of version v is v times that."""
         self.model_dir = model_dir
+        self._per_token = per_token
+        self._num_published = 0
         self.server = MemoryServer()
         self.bus = MemoryBus(SUBJECTS, self.server, name="caller")
         self._publisher: Publisher | None = None
@@ -81,11 +84,15 @@ class World:
             await self._publisher.start()
         scored = state if canary_of is None else canary_of
         tied = "lm_head.weight" not in scored
-        canary = make_canary(
-            lambda ids: [np.array(reference_logprobs(scored, i.tolist(), tied=tied)) for i in ids],
-            canary_tokens(VOCAB, 16, 0),
-            torch.float32,
-        )
+
+        def score(ids: list[np.ndarray]) -> list[np.ndarray]:
+            if self._per_token is None:
+                return [np.array(reference_logprobs(scored, i.tolist(), tied=tied)) for i in ids]
+            each = self._per_token * self._num_published
+            return [np.array([0.0] + [each] * (len(i) - 1)) for i in ids]
+
+        canary = make_canary(score, canary_tokens(VOCAB, 16, 0), torch.float32)
+        self._num_published += 1
         published = await self._publisher.publish(state, epoch=0, optimizer_steps=0, canary=canary)
         return published.manifest.version
 

@@ -21,7 +21,7 @@ from tests.rollout.simulated_server import SimulatedServer
 
 @pytest.fixture
 async def world(untied_dir: Path) -> AsyncIterator[World]:
-    world = World(untied_dir)
+    world = World(untied_dir, per_token=-1.0)  # what the simulated server says
     await world.publish_seed(0)
     yield world
     await world.bus.close()
