@@ -27,7 +27,7 @@ LAGS: tuple[Lag, ...] = ("0", "2", "4", "8", "16", "mixed8")
 
 TUNE_SEEDS = range(1000, 1002)
 ERROR_SEEDS = range(2000, 2002)
-SWEEP_SEEDS = range(3000, 3002)
+SWEEP_SEEDS = range(3000, 3001)
 CONFIRM_SEEDS = range(10_000, 10_030)
 NUM_SHARED = 10
 """Confirmation seeds, the first ones, on which the shared setting is run as well."""
