@@ -13,8 +13,11 @@ RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PA
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 S3 := $(VENV)/.installed-s3
+# Environments and their packages get a virtual environment of their own.
+VENV_ENVS ?= .venv-envs
+ENVS := $(VENV_ENVS)/.installed
 
-.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-routes test-s3 chaos base clean
+.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-routes bench-envs test-s3 test-envs chaos base clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -52,6 +55,16 @@ $(S3): $(DEV)
 
 test-s3: $(S3) ## the keyframe store against an S3-compatible server
 	$(RUN) $(BIN)/python -m pytest tests/weights/keyframe_store $(PYTEST_ARGS)
+
+$(ENVS): pyproject.toml constraints.txt scripts/install_envs.sh
+	@PYTHON=$(PYTHON) scripts/install_envs.sh $(VENV_ENVS)
+	@touch $@
+
+test-envs: $(ENVS) ## environments and verifiers against the real packages (own .venv-envs)
+	$(RUN) $(VENV_ENVS)/bin/python -m pytest tests/real_packages $(PYTEST_ARGS)
+
+bench-envs: $(DEMO) ## env steps per second and memory of 200 concurrent episodes (2 minutes)
+	$(RUN) $(BIN)/python -m shared.cli.bench_envs
 
 chaos: $(DEV) ## the whole kill matrix; slow
 	$(RUN) $(BIN)/python -m pytest -m chaos --timeout 900 $(PYTEST_ARGS)

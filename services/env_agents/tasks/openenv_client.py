@@ -12,6 +12,7 @@ that only the session at /ws can play more than one step):
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any, cast
@@ -135,7 +136,9 @@ class OpenEnvClient:
 
     async def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         try:
-            await self._connection.send(json.dumps(message))
+            # A server that refuses the session says why before it hangs up: read even then.
+            with contextlib.suppress(self._exceptions.ConnectionClosed):
+                await self._connection.send(json.dumps(message))
             raw = await self._connection.recv()
         except (OSError, self._exceptions.ConnectionClosed) as error:
             raise EnvironmentLost(f"{self._url} hung up: {_line(error)}") from error
