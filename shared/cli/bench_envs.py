@@ -51,7 +51,7 @@ STEPS_PER_S_AT_LEAST = 2000
 MEMORY_MIB_BELOW = 1536
 CASES: Mapping[str, dict[str, Any]] = {
     "in_process": {"mode": "none", "episodes": 800},
-    "isolated": {"mode": "process", "episodes": 400},
+    "isolated": {"mode": "process", "episodes": 240},
 }
 
 
@@ -142,6 +142,7 @@ async def play(mode: str, episodes: int, concurrency: int) -> dict[str, Any]:
             "env_agents": {
                 "concurrency": concurrency,
                 "heartbeat_s": 60.0,
+                "env_timeout_s": 120.0,
                 "isolation": {"mode": mode},
             },
         }

@@ -89,7 +89,10 @@ class _Zygote:
 
     def _obey(self) -> bool:
         """Perform one control message; False: the service is gone."""
-        packet, fds, _, _ = socket.recv_fds(self._control, MAX_PACKET, 1)
+        try:
+            packet, fds, _, _ = socket.recv_fds(self._control, MAX_PACKET, 1)
+        except ConnectionError:  # it closed before it had read all that we told it
+            return False
         if not packet:
             return False
         message = cast("dict[str, Any]", msgpack.unpackb(packet))
@@ -131,9 +134,9 @@ class _Zygote:
             os.close(self._woken)
             os.close(self._waker)
             _silence()
-            if "numpy" in sys.modules:
+            if "numpy.random" in sys.modules:
                 # random reseeds itself after a fork, numpy's global generator does not
-                sys.modules["numpy"].random.seed()
+                sys.modules["numpy.random"].seed()
             confine(self._limits)
             asyncio.run(
                 cell.serve(
