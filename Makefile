@@ -13,6 +13,9 @@ RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PA
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 S3 := $(VENV)/.installed-s3
+# Environments and their packages get a virtual environment of their own.
+VENV_ENVS ?= .venv-envs
+ENVS := $(VENV_ENVS)/.installed
 # vLLM holds transformers back: its environment is its own.
 VLLM_VENV ?= .venv-vllm
 VLLM := $(VLLM_VENV)/.installed
@@ -24,7 +27,7 @@ RELEASE_NAME ?= lagwise-test
 NAMESPACE ?= lagwise-test
 
 .PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean \
-	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm images push test-images test-cluster
+	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm images push test-images test-cluster bench-envs test-envs
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -128,6 +131,16 @@ test-vllm: $(VLLM) ## the engine contract and what only vLLM has, on real engine
 
 bench-rollout: $(VLLM) ## the service against bare vLLM: table and runs/bench/rollout.json
 	$(RUN) $(VLLM_VENV)/bin/python -m shared.cli.bench_rollout $(ROLLOUT_ARGS)
+
+$(ENVS): pyproject.toml constraints.txt scripts/install_envs.sh
+	@PYTHON=$(PYTHON) scripts/install_envs.sh $(VENV_ENVS)
+	@touch $@
+
+test-envs: $(ENVS) ## environments and verifiers against the real packages (own .venv-envs)
+	$(RUN) $(VENV_ENVS)/bin/python -m pytest tests/real_packages $(PYTEST_ARGS)
+
+bench-envs: $(DEMO) ## env steps per second and memory of 200 concurrent episodes (2 minutes)
+	$(RUN) $(BIN)/python -m shared.cli.bench_envs
 
 chaos: $(DEV) ## the whole kill matrix; slow
 	$(RUN) $(BIN)/python -m pytest -m chaos --timeout 900 $(PYTEST_ARGS)

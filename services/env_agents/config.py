@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from shared.runtime.sections import CommonConfig, Section
+
+
+class IsolationSection(Section):
+    """Where environments live, and what each may use (docs/environments.md)."""
+
+    mode: Literal["none", "process"] = "none"
+    """`none`: in the service, for environments that are trusted and cheap. `process`: every
+    episode in a process forked for it; what hangs, leaks, forks or dies costs that episode."""
+    memory_mb: int = Field(default=512, gt=0)
+    """Address space of a process beyond what importing the environment took."""
+    processes: int = Field(default=8, ge=0)
+    """Processes that an episode may start, descendants included."""
+    cpu_s: float = Field(default=0.0, ge=0)
+    """CPU time of a process; 0: unbounded (`env_timeout_s` bounds every call anyway)."""
+    max_message_bytes: int = Field(default=16 << 20, gt=0)
+    """One observation or answer."""
+    start_timeout_s: float = Field(default=60.0, gt=0)
+    """For importing the environment, and for forking a process."""
 
 
 class EnvAgentsSection(Section):
@@ -14,6 +34,7 @@ class EnvAgentsSection(Section):
     """Episodes played at once; tickets are never pulled beyond free places."""
     env_timeout_s: float = Field(default=30.0, gt=0)
     """One call of the environment (reset, step, close); longer is a failed episode."""
+    isolation: IsolationSection = IsolationSection()
     max_attempts: int = Field(default=5, gt=0)
     """Deliveries of one ticket; after so many the ticket ends as failed."""
     heartbeat_s: float = Field(default=1.0, gt=0)

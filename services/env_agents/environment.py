@@ -35,6 +35,14 @@ class StepResult:
     """Named parts of the turn's reward."""
 
 
+class EnvironmentLost(Exception):
+    """What the environment lives in went away in mid-episode: its server, or its process.
+
+    Raised by an environment; the episode ends as failed with the reason `env_lost`, which tells
+    a machine's fault from the task's (`env_error`).
+    """
+
+
 class Environment(Protocol):
     """One episode. Async, single-use: `reset` once, `step` until it ends, `close` always."""
 

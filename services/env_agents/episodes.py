@@ -86,9 +86,9 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class EnvFailed:
-    """The environment (or the renderer of its text) raised or hung."""
+    """The environment (or the renderer of its text) raised, hung, or its process went away."""
 
-    reason: Literal["env_error", "env_timeout"]
+    reason: Literal["env_error", "env_timeout", "env_lost"]
     detail: str
 
 

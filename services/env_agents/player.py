@@ -8,7 +8,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar, cast
 
-from services.env_agents.environment import Environment, Observation, StepResult
+from services.env_agents.environment import (
+    Environment,
+    EnvironmentLost,
+    Observation,
+    StepResult,
+)
 from services.env_agents.episodes import (
     Action,
     Ask,
@@ -165,6 +170,8 @@ class Player:
 
 
 def _raised(call: str, error: BaseException) -> EnvFailed:
+    if isinstance(error, EnvironmentLost):
+        return EnvFailed("env_lost", f"{call}: {error}")
     return EnvFailed("env_error", f"{call}: {type(error).__name__}: {error}")
 
 

@@ -22,6 +22,7 @@ from services.env_agents.config import EnvAgentsConfig
 from services.env_agents.episodes import Episode, Limits
 from services.env_agents.fencing import Fencing
 from services.env_agents.gate import Gate
+from services.env_agents.hosting import MakeEnvironment, hosted
 from services.env_agents.player import Player
 from services.env_agents.sampler_client import SamplerClient
 from shared.runtime.bus import Job, WorkQueue
@@ -48,10 +49,13 @@ async def serve(context: Context, config: EnvAgentsConfig) -> None:
         ConfigError: the environment or the renderer cannot be used.
         BusUnavailable: the bus did not answer within its bounds.
     """
+    async with hosted(context, config) as make_environment:
+        await _serve(context, config, make_environment)
+
+
+async def _serve(context: Context, config: EnvAgentsConfig, make: MakeEnvironment) -> None:
     section = config.env_agents
-    options = config.task.options
-    environment = loading.environment_class(config.task.environment, options)
-    renderer = loading.renderer(config.task.renderer, config.model.source, options)
+    renderer = loading.renderer(config.task.renderer, config.model.source, config.task.options)
     await context.bus.wait_for_streams(section.streams_timeout_s)
     queue = await context.bus.work_queue(
         "tickets", QUEUE, ack_wait_s=section.ack_wait_s, max_ack_pending=section.max_ack_pending
@@ -60,7 +64,7 @@ async def serve(context: Context, config: EnvAgentsConfig) -> None:
     gate = Gate() if config.old_logprobs.route == "interrupt" else None
     sampler = SamplerClient(context, silence_s=silence_s, gate=gate)
     fencing = Fencing(context, gate, sampler, bound_s=silence_s) if gate else None
-    player = Player(context, lambda: environment(options), renderer, sampler, section.env_timeout_s)
+    player = Player(context, make, renderer, sampler, section.env_timeout_s)
     agents = _EnvAgents(context, config, player, renderer.stop_ids)
     if fencing is not None:
         await fencing.start()

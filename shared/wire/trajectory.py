@@ -109,8 +109,8 @@ class Trajectory(Part):
 
 
 FailureReason = Literal[
-    "env_error", "env_timeout", "sample_refused", "sample_timeout", "deadline", "max_deliver",
-    "undecodable", "too_long",
+    "env_error", "env_timeout", "env_lost", "sample_refused", "sample_timeout", "deadline",
+    "max_deliver", "undecodable", "too_long",
 ]  # fmt: skip
 
 

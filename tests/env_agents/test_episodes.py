@@ -270,7 +270,7 @@ def test_a_request_that_can_never_be_served_fails_the_episode() -> None:
     assert outcome == Failure(reason="sample_refused", detail="p1: too long")
 
 
-@pytest.mark.parametrize("reason", ["env_error", "env_timeout"])
+@pytest.mark.parametrize("reason", ["env_error", "env_timeout", "env_lost"])
 def test_a_failing_environment_fails_the_episode_in_reset_and_in_step(reason: str) -> None:
     failed = EnvFailed(reason, "boom")  # type: ignore[arg-type]
     episode = make_episode()

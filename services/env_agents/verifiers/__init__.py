@@ -1,0 +1,1 @@
+"""Rewards from checking an answer: exact match, maths equivalence, unit tests in a sandbox."""
