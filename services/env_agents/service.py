@@ -51,7 +51,9 @@ async def serve(context: Context, config: EnvAgentsConfig) -> None:
     section = config.env_agents
     options = config.task.options
     environment = loading.environment_class(config.task.environment, options)
-    renderer = loading.renderer(config.task.renderer, config.model.source, options)
+    renderer = loading.renderer(
+        config.task.renderer, config.model.source, config.task.renderer_options
+    )
     await context.bus.wait_for_streams(section.streams_timeout_s)
     queue = await context.bus.work_queue(
         "tickets", QUEUE, ack_wait_s=section.ack_wait_s, max_ack_pending=section.max_ack_pending
