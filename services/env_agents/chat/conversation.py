@@ -74,8 +74,10 @@ class ChatConversation:
         stops = bool(ids) and ids[-1] in self._tokenizer.stop_ids
         self._answer_stop = ids[-1] if stops else None
         self._answer_text = self._tokenizer.decode(ids[:-1] if stops else ids)
-        self._answer = self._parser.parse(self._answer_text)
-        if not self._is_raw:
+        if self._is_raw:
+            self._answer = Parsed(self._answer_text)
+        else:
+            self._answer = self._parser.parse(self._answer_text)
             self._messages.append(chat.of_answer(self._answer, self._num_calls))
             self._num_calls += len(self._answer.tool_calls)
         return self._tokenizer.decode(ids), self._answer

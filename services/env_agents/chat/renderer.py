@@ -17,6 +17,7 @@ from shared.runtime.errors import ConfigError
 OPTIONS = ("tool_parser", "template", "template_variables", "system", "date")
 
 _PROBE = "What does this template write?"
+_ANSWER = "An answer."
 
 
 class ChatRenderer:
@@ -63,7 +64,7 @@ class ChatRenderer:
     def _probe(self, origin: str) -> None:
         """Refuse a template in which an answer would not stand where it is asked for."""
         user = {"role": "user", "content": _PROBE}
-        said = {"role": "assistant", "content": "An answer."}
+        said = {"role": "assistant", "content": _ANSWER}
         try:
             asked = self.template.render([user], None, generate=True)
             answered = self.template.render([user, said], None, generate=False)
@@ -71,13 +72,14 @@ class ChatRenderer:
             raise ConfigError(f"{origin}: {error}") from error
         if _PROBE not in asked:
             raise ConfigError(f"{origin}: leaves out what the user says: it is no chat template")
-        opened = self.template.render([user], None, generate=False)
-        if not answered.startswith(asked) and asked == opened:
+        if not answered.startswith(asked) or self.tokenizer.has_special(
+            answered[len(asked) :].partition(_ANSWER)[0]
+        ):
             raise ConfigError(
                 f"{origin}: add_generation_prompt does not open an answer; the template needs "
                 "{% if add_generation_prompt %} with what precedes an answer"
             )
-        if self.tokenizer.first_stop(answered[len(opened) :]) is None:
+        if self.tokenizer.first_stop(answered[len(asked) :]) is None:
             stops = ", ".join(self.tokenizer.token(i) for i in self.stop_ids)
             raise ConfigError(
                 f"{origin}: writes none of the model's stop tokens ({stops}) after an answer; "

@@ -47,6 +47,11 @@ class ChatTokenizer:
         self._check_vocabulary(model_dir)
         self.stop_ids = self._declared_stops(model_dir)
         self._stops = [(self._text_of(token_id), token_id) for token_id in self.stop_ids]
+        self._special: list[str] = [
+            str(added.content)
+            for added in self._tokenizer.get_added_tokens_decoder().values()
+            if added.special
+        ]
         # Prompts are shared by the members of a group, glue by all episodes.
         self.encode_cached = lru_cache(maxsize=4096)(self._encode)
 
@@ -82,6 +87,10 @@ class ChatTokenizer:
             if (at := text.find(written)) >= 0
         ]
         return min(found, key=lambda s: (s.start, -s.stop), default=None)
+
+    def has_special(self, text: str) -> bool:
+        """Whether a text holds a token that only templates write."""
+        return any(token in text for token in self._special)
 
     def token(self, token_id: int) -> str:
         """Return one token as the vocabulary spells it."""
