@@ -55,8 +55,8 @@ class Check:
         self.messages: list[dict[str, Any]] = []
         """As the reference is told them: meanings, never what was parsed."""
         self.tools = tools(self.rng) if self.rng.random() < 0.8 else ()
-        self.answers: list[tuple[int, list[int]]] = []
-        """Sequence, ids."""
+        self.answers: list[tuple[int, int, list[int]]] = []
+        """Sequence, position, ids."""
         self.as_the_template: list[bool] = []
         """Whether the ids are those that the template's text has, stop token included."""
         self.begun_with = 0
@@ -112,7 +112,7 @@ class Check:
     def reply(self, ask: Ask, meant: Meaning, ids: list[int]) -> Replied:
         del meant
         stops = ids[-1] in renderer(self.family).stop_ids
-        self.answers.append((self.sequence, ids))
+        self.answers.append((self.sequence, ask.request.token_ids.shape[0], ids))
         self.counts["answers"] += 1
         self.counts["sampled tokens"] += len(ids)
         sampled = SampledTokens(
@@ -201,7 +201,7 @@ class Check:
             runs[-1].append(expected[position])
         ours = [
             (ids, exact)
-            for (s, ids), exact in zip(self.answers, self.as_the_template, strict=True)
+            for (s, _, ids), exact in zip(self.answers, self.as_the_template, strict=True)
             if s == self.sequence
         ]
         tokenizer = renderer(self.family).tokenizer
@@ -214,17 +214,12 @@ class Check:
             assert thinks[0] == thinks[1], "the history holds what was sampled"
 
     def answer_positions(self, ids: list[int]) -> list[int]:
-        """Positions of the current sequence's answers: each is found whole, in order."""
+        """Positions of the current sequence's answers, each of which stands as it was sampled."""
         found: list[int] = []
-        position = self.begun_with
-        for sequence, answer in self.answers:
-            if sequence != self.sequence:
-                continue
-            while ids[position : position + len(answer)] != answer:
-                position += 1
-                assert position < len(ids), "an answer is not in its sequence as sampled"
-            found += range(position, position + len(answer))
-            position += len(answer)
+        for sequence, position, answer in self.answers:
+            if sequence == self.sequence:
+                assert ids[position : position + len(answer)] == answer
+                found += range(position, position + len(answer))
         return found
 
     def check_trajectory(self, outcome: object) -> None:
@@ -234,10 +229,11 @@ class Check:
             assert sequence.parent == (index - 1 if index else None)
             mask = sequence.loss_mask.numpy().astype(bool)
             trained = sequence.token_ids.numpy()[mask].tolist()
-            sampled = [i for s, answer in self.answers if s == index for i in answer]
+            sampled = [i for s, _, answer in self.answers if s == index for i in answer]
             assert trained == sampled, "ids trained are the ids sampled"
-            turns = [a for s, a in self.answers if s == index]
-            for turn, answer in zip(sequence.turns, turns, strict=True):
+            turns = [(start, a) for s, start, a in self.answers if s == index]
+            for turn, (start, answer) in zip(sequence.turns, turns, strict=True):
+                assert turn.start == start
                 assert sequence.token_ids.numpy()[turn.start : turn.stop].tolist() == answer
                 assert mask[turn.start : turn.stop].all()
             self.counts["trained tokens"] += len(trained)
