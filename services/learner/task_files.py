@@ -43,7 +43,7 @@ def read_rows(path: Path, required: Sequence[str] = ()) -> list[Row]:
         rows = _arrow_rows(path)
     else:
         raise ConfigError(
-            f"{path}: unknown kind; {', '.join(SUFFIXES)} or a saved dataset's folder"
+            f"{path}: no task file; {', '.join(SUFFIXES)} or a saved dataset's folder"
         )
     if not rows:
         raise ConfigError(f"{path}: has no tasks")

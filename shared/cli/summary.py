@@ -144,7 +144,8 @@ def _not_learned(records: RunRecords, lift: Lift | None) -> list[str]:
 def paired_lift(bodies: Iterable[JournalBody], *, seed: int = 0) -> Lift | None:
     """Return success of the `final` against the `base` evaluation, None without both.
 
-    Pairs by task index, samples of one task averaged; the interval is a percentile bootstrap over tasks.
+    Pairs by task index, samples of one task averaged; the interval is a percentile bootstrap over
+    tasks.
     """
     rewards: dict[str, dict[int, float]] = {}
     for body in bodies:

@@ -98,9 +98,7 @@ def test_publication_waits_while_every_live_rollout_is_far_behind() -> None:
     assert within_slack(10, [], 2)
 
 
-def test_samples_of_a_task_have_seeds_of_their_own_and_the_first_is_the_one_of_a_single_sample() -> (
-    None
-):
+def test_samples_of_a_task_have_seeds_of_their_own_and_the_first_is_that_of_a_single_one() -> None:
     state, source = JournalState(), SeededTaskSource(CONFIG.task, 7)
     tasks = source.evaluation(3)
     once = evaluation_tickets("base", tasks, state, CONFIG, version=0, deadline=1.0)
