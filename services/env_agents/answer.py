@@ -43,6 +43,8 @@ class Answer:
     spans: tuple[Span, ...] = ()
     """Version stamps over [0, number of tokens)."""
     finish: Literal["stop", "length"] = "stop"
+    num_context: int = 0
+    """Tokens that it was sampled after."""
 
     @property
     def content(self) -> str:

@@ -151,6 +151,11 @@ class Episode:
         """How the last answer ended."""
         return self._finish
 
+    @property
+    def num_context(self) -> int:
+        """Tokens before the last answer."""
+        return self._turn_start
+
     def last_answer(self) -> SampledTokens:
         """Return the answer that the environment is stepped with."""
         return self._builder.sampled_from(self._turn_start)

@@ -164,6 +164,7 @@ class Player:
                 logprobs=tuple(sampled.logprobs.numpy().tolist()),
                 spans=sampled.spans,
                 finish=episode.finish,
+                num_context=episode.num_context,
             )
             result = cast(object, await self._bounded("act", environment.act(answer)))
         else:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from services.env_agents.answer import Answer, ToolCall
-from services.env_agents.chat.messages import call_id
 from services.env_agents.environment import Message, Observation, StepResult
 from services.env_agents.tools import Toolbox, ToolFault
 from shared.wire.messages import TaskRef
@@ -30,7 +29,6 @@ class ToolEnvironment:
         self.options = options
         self._toolbox = Toolbox([])
         self._digest = ""
-        self._num_calls = 0
 
     # --- for the subclass
     def tools(self) -> Sequence[Callable[..., Any]]:
@@ -89,11 +87,8 @@ class ToolEnvironment:
         pass
 
     async def _call(self, call: ToolCall) -> Message:
-        # The number that the conversation gives the call, where the policy wrote none.
-        own_id = call.id or call_id(self._num_calls)
-        self._num_calls += 1
         try:
             content = await self._toolbox.call(call)
         except ToolFault as fault:
             content = f"Error: {fault}"
-        return {"role": "tool", "tool_call_id": own_id, "name": call.name, "content": content}
+        return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content}

@@ -77,9 +77,10 @@ class ChatConversation:
         if self._is_raw:
             self._answer = Parsed(self._answer_text)
         else:
-            self._answer = self._parser.parse(self._answer_text)
-            self._messages.append(chat.of_answer(self._answer, self._num_calls))
-            self._num_calls += len(self._answer.tool_calls)
+            parsed = self._parser.parse(self._answer_text)
+            self._answer = chat.numbered(parsed, self._num_calls)
+            self._num_calls += len(parsed.tool_calls)
+            self._messages.append(chat.of_answer(self._answer))
         return self._tokenizer.decode(ids), self._answer
 
     def last_message(self) -> Message:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from services.env_agents.answer import Parsed
@@ -33,19 +34,28 @@ def normalised(message: Mapping[str, Any]) -> Message:
     return made
 
 
-def of_answer(parsed: Parsed, first_id: int) -> Message:
-    """Return the message that an answer is; calls without an id are numbered from `first_id`."""
+def numbered(parsed: Parsed, first: int) -> Parsed:
+    """Give calls without an id of their own one, numbered from `first`."""
+    calls = tuple(
+        replace(call, id=call.id or call_id(first + index))
+        for index, call in enumerate(parsed.tool_calls)
+    )
+    return replace(parsed, tool_calls=calls)
+
+
+def of_answer(parsed: Parsed) -> Message:
+    """Return the message that an answer is."""
     made: Message = {"role": "assistant", "content": parsed.content}
     if parsed.reasoning is not None:
         made["reasoning_content"] = parsed.reasoning
     if parsed.tool_calls:
         made["tool_calls"] = [
             {
-                "id": call.id or call_id(first_id + index),
+                "id": call.id,
                 "type": "function",
                 "function": {"name": call.name, "arguments": dict(call.arguments)},
             }
-            for index, call in enumerate(parsed.tool_calls)
+            for call in parsed.tool_calls
         ]
     return made
 
