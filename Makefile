@@ -13,8 +13,9 @@ RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PA
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 S3 := $(VENV)/.installed-s3
+AGENTS := $(VENV)/.installed-agents
 
-.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-routes test-s3 chaos base clean
+.PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-routes test-s3 test-agents fidelity chaos base clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -52,6 +53,16 @@ $(S3): $(DEV)
 
 test-s3: $(S3) ## the keyframe store against an S3-compatible server
 	$(RUN) $(BIN)/python -m pytest tests/weights/keyframe_store $(PYTEST_ARGS)
+
+$(AGENTS): $(DEV)
+	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) agents-test
+	@touch $@
+
+test-agents: $(AGENTS) ## against the real datasets and pydantic-ai packages
+	$(RUN) $(BIN)/python -m pytest tests/extras $(PYTEST_ARGS)
+
+fidelity: $(DEV) ## token fidelity of 10,000 tool conversations (COUNT=)
+	$(RUN) $(BIN)/python -m tests.env_agents.chat.fidelity --count $(or $(COUNT),10000)
 
 chaos: $(DEV) ## the whole kill matrix; slow
 	$(RUN) $(BIN)/python -m pytest -m chaos --timeout 900 $(PYTEST_ARGS)

@@ -85,7 +85,7 @@ async def unkind(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str,
     client = openai.AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0)
     for name, wish in (
         ("n", {"n": 2}),
-        ("stop", {"stop": ["x"]}),
+        ("stop", {"stop": [""]}),
         ("json", {"response_format": {"type": "json_object"}}),
         ("max_tokens", {"max_tokens": -1}),
     ):
@@ -110,6 +110,19 @@ async def unkind(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str,
     await client.close()
     await stranger.close()
     return refused
+
+
+async def stopped(base_url: str, api_key: str, task: dict[str, Any]) -> float:
+    """Reads answers up to a stop string, and sends them back so."""
+    async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
+        made = await client.chat.completions.create(
+            model="m", messages=[QUESTION], stop=["Observation:"]
+        )
+        said = made.choices[0].message.content
+        assert said == "Thought: hm. "
+        again: Any = [QUESTION, {"role": "assistant", "content": said}, QUESTION]
+        await client.chat.completions.create(model="m", messages=again)
+    return 1.0
 
 
 async def crasher(base_url: str, api_key: str, task: dict[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -96,6 +97,18 @@ async def test_a_compacted_history_and_another_agent_are_further_sequences(bus: 
     assert [len(s.turns) for s in outcome.sequences] == [2, 1, 1]
 
 
+async def test_a_stop_string_ends_what_the_agent_reads_and_not_what_is_trained(
+    bus: MemoryBus,
+) -> None:
+    config = chat_config("qwen3", ENVIRONMENT, agent=f"{AGENTS}:stopped")
+    said = "Thought: hm. Observation: made up"
+    async with scripted(bus, "qwen3", lambda prompt: said):
+        outcome, _ = await play(bus, config, chat_ticket())
+    assert isinstance(outcome, Trajectory), outcome
+    assert sampled_of("qwen3", outcome) == f"{said}<|im_end|>"
+    assert [s.parent for s in outcome.sequences] == [None, 0]
+
+
 @pytest.mark.parametrize(
     ("agent", "detail"),
     [
@@ -183,8 +196,6 @@ async def test_a_request_that_the_episode_does_not_outlive_is_told_so() -> None:
     session, other = await gateway.open(), await gateway.open()
     headers = {"Authorization": f"Bearer {session.key}"}
     async with httpx.AsyncClient(base_url=gateway.base_url, headers=headers) as client:
-        import asyncio
-
         body = {"messages": [{"role": "user", "content": "hi"}]}
         asking = asyncio.create_task(client.post("/chat/completions", json=body))
         await session.waiting.get()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
@@ -38,9 +38,11 @@ class ChatTemplate:
             lstrip_blocks=True,
             extensions=[_GenerationMarkers, "jinja2.ext.loopcontrols"],
         )
+        # Jinja's stubs list its own globals as the only ones.
+        cast("dict[str, Any]", environment.globals).update(
+            raise_exception=_raise, strftime_now=_clock(now)
+        )
         environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = _clock(now)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:

@@ -2,7 +2,8 @@
 
 What a request asks of the sampler beyond a bound on tokens is not done: training must know the
 distribution that tokens were drawn from, which is the run's. Harmless wishes are ignored by name;
-those that an agent would misread if ignored (n > 1, stop strings, JSON mode) are refused.
+those that an agent would misread if ignored (n > 1, JSON mode) are refused. A stop string ends
+what the agent is told; the policy went on to its own stop token, and what it sampled stays.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Asked:
     with_usage: bool = False
     """In the last chunk of a stream."""
     with_logprobs: bool = False
+    stops: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     """Wishes that were left aside."""
 
@@ -68,6 +70,7 @@ def parse(path: str, body: bytes) -> Asked:
         stream=bool(request.get("stream")),
         with_usage=bool(options.get("include_usage")),
         with_logprobs=logprobs is not None and logprobs is not False,
+        stops=_stops(request),
         ignored=tuple(ignored),
     )
 
@@ -75,9 +78,9 @@ def parse(path: str, body: bytes) -> Asked:
 def response(asked: Asked, answer: Answer, number: int, created: int) -> dict[str, Any]:
     """Return the whole response as one object."""
     if asked.is_chat:
-        choice: dict[str, Any] = {"index": 0, "message": _message(answer)}
+        choice: dict[str, Any] = {"index": 0, "message": _message(asked, answer)}
     else:
-        choice = {"index": 0, "text": answer.content}
+        choice = {"index": 0, "text": _said(asked, answer)}
     choice |= {"finish_reason": _finish(answer), "logprobs": _logprobs(asked, answer)}
     kind = "chat.completion" if asked.is_chat else "text_completion"
     return {**_head(asked, kind, number, created), "choices": [choice], "usage": _usage(answer)}
@@ -93,7 +96,7 @@ def chunks(asked: Asked, answer: Answer, number: int, created: int) -> Iterator[
         return {**head, "choices": [choice]}
 
     if asked.is_chat:
-        message = _message(answer)
+        message = _message(asked, answer)
         yield chunk(delta={"role": "assistant", "content": ""}, logprobs=None)
         if message.get("reasoning_content"):
             yield chunk(delta={"reasoning_content": message["reasoning_content"]}, logprobs=None)
@@ -103,7 +106,7 @@ def chunks(asked: Asked, answer: Answer, number: int, created: int) -> Iterator[
             yield chunk(delta={"tool_calls": [{"index": index, **call}]}, logprobs=None)
         yield chunk(_finish(answer), delta={}, logprobs=None)
     else:
-        yield chunk(_finish(answer), text=answer.content, logprobs=_logprobs(asked, answer))
+        yield chunk(_finish(answer), text=_said(asked, answer), logprobs=_logprobs(asked, answer))
     if asked.with_usage:
         yield {**head, "choices": [], "usage": _usage(answer)}
 
@@ -117,8 +120,6 @@ def error_body(message: str, kind: str) -> bytes:
 def _refuse(request: Mapping[str, Any]) -> None:
     if request.get("n") not in (None, 1) or request.get("best_of") not in (None, 1):
         raise BadRequest("n and best_of: one answer per request; issue several requests instead")
-    if request.get("stop"):
-        raise BadRequest("stop: answers end with the model's stop token; stop strings are not read")
     wanted = cast("dict[str, Any]", request.get("response_format") or {})
     if wanted.get("type", "text") != "text":
         raise BadRequest("response_format: only text; constrained decoding is not trained on")
@@ -160,12 +161,26 @@ def _text(request: Mapping[str, Any], bound: int | None) -> Observation:
             raise BadRequest("prompt: one text, or one list of token ids")
 
 
-def _message(answer: Answer) -> dict[str, Any]:
-    made: dict[str, Any] = {"role": "assistant", "content": answer.content}
+def _stops(request: Mapping[str, Any]) -> tuple[str, ...]:
+    stops = request.get("stop") or ()
+    listed = [stops] if isinstance(stops, str) else list(cast("list[Any]", stops))
+    if not all(isinstance(stop, str) and stop for stop in listed):
+        raise BadRequest("stop: a text, or a list of texts")
+    return tuple(listed)
+
+
+def _said(asked: Asked, answer: Answer) -> str:
+    ends = [at for stop in asked.stops if (at := answer.content.find(stop)) >= 0]
+    return answer.content[: min(ends, default=None)]
+
+
+def _message(asked: Asked, answer: Answer) -> dict[str, Any]:
+    said = _said(asked, answer)
+    made: dict[str, Any] = {"role": "assistant", "content": said}
     if answer.parsed.reasoning is not None:
         made["reasoning_content"] = answer.parsed.reasoning
     if answer.tool_calls:
-        made["content"] = answer.content or None
+        made["content"] = said or None
         made["tool_calls"] = [
             {
                 "id": call.id,

@@ -125,9 +125,7 @@ class Gateway:
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
         session = self._sessions.get(key)
         if session is None:
-            return _refused(
-                401, "unknown key: its episode is over, or never was", "invalid_api_key"
-            )
+            return _refused(401, "unknown key: its episode is over, or none", "invalid_api_key")
         if request.method == "GET" and request.path == "/v1/models":
             model = {"id": self._model_id, "object": "model", "created": 0, "owned_by": "lagwise"}
             return Response(200, json.dumps({"object": "list", "data": [model]}).encode())
