@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -137,7 +138,7 @@ async def test_whatever_is_wrong_with_a_call_is_an_observation_and_changes_nothi
 
 def test_every_domain_has_six_tools_or_more_and_a_policy() -> None:
     for domain in DOMAINS.values():
-        database, _ = domain.draw(__import__("random").Random(0), "direct")
+        database, _ = domain.draw(random.Random(0), "direct")
         assert len(domain.tools(database)) >= 6
         assert "confirm" in domain.policy
 
