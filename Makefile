@@ -13,6 +13,7 @@ RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PA
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 S3 := $(VENV)/.installed-s3
+AGENTS := $(VENV)/.installed-agents
 # Environments and their packages get a virtual environment of their own.
 VENV_ENVS ?= .venv-envs
 ENVS := $(VENV_ENVS)/.installed
@@ -27,7 +28,7 @@ RELEASE_NAME ?= lagwise-test
 NAMESPACE ?= lagwise-test
 
 .PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean \
-	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm images push test-images test-cluster bench-envs test-envs
+	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm images push test-images test-cluster bench-envs test-envs test-agents fidelity
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -141,6 +142,16 @@ test-envs: $(ENVS) ## environments and verifiers against the real packages (own 
 
 bench-envs: $(DEMO) ## env steps per second and memory of 200 concurrent episodes (2 minutes)
 	$(RUN) $(BIN)/python -m shared.cli.bench_envs
+
+$(AGENTS): $(DEV)
+	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) agents-test
+	@touch $@
+
+test-agents: $(AGENTS) ## against the real datasets and pydantic-ai packages
+	$(RUN) $(BIN)/python -m pytest tests/extras $(PYTEST_ARGS)
+
+fidelity: $(DEV) ## token fidelity of 10,000 tool conversations (COUNT=)
+	$(RUN) $(BIN)/python -m tests.env_agents.chat.fidelity --count $(or $(COUNT),10000)
 
 chaos: $(DEV) ## the whole kill matrix; slow
 	$(RUN) $(BIN)/python -m pytest -m chaos --timeout 900 $(PYTEST_ARGS)

@@ -24,8 +24,8 @@ class Attempt:
 
         Evaluation is never trained, so that nobody has to score it.
         """
-        sequence = self.episode.partial(floor) if self.ticket.purpose == "train" else None
-        if sequence is None:
+        sequences = self.episode.partial(floor) if self.ticket.purpose == "train" else None
+        if sequences is None:
             return None
         return PartialTrajectory(
             ticket_id=self.ticket.ticket_id,
@@ -33,7 +33,7 @@ class Attempt:
             generation=generation,
             producer=context.pod,
             incarnation=context.incarnation,
-            sequences=(sequence,),
+            sequences=sequences,
         )
 
 

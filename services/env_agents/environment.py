@@ -2,22 +2,40 @@
 
 An environment is any importable class with these three methods; it need not inherit from anything:
 `environment: my_pkg.my_env:MyEnv` in the run's config. One instance plays one episode.
+
+One that also has `act` is given answers with their tool calls parsed, instead of bare text, where
+the renderer can parse them (docs/agents.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from services.env_agents.answer import Answer
 from shared.wire.messages import TaskRef
+
+Message = Mapping[str, Any]
+"""A chat message as OpenAI writes it: role, content, tool_calls, tool_call_id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Text the policy reads next."""
+    """What the policy reads next: text, or messages for a renderer with a chat template."""
 
-    text: str
+    text: str = ""
+    """With a chat renderer: one further message of the user, unless there are `messages`."""
+    messages: tuple[Message, ...] = ()
+    """Appended to the conversation."""
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    """OpenAI function schemas; None: those said before."""
+    whole: bool = False
+    """Messages (or text) are the whole history, not what is new: as agents send it."""
+    token_ids: tuple[int, ...] | None = None
+    """The whole history as ids, instead of messages and text."""
+    max_new_tokens: int | None = None
+    """A tighter bound on the next answer than the run's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +81,12 @@ class Environment(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+@runtime_checkable
+class ActsOnAnswers(Protocol):
+    """An environment that reads parsed answers; `step` is then called by nobody."""
+
+    async def act(self, answer: Answer) -> StepResult:
+        """Apply the policy's answer."""
+        ...

@@ -12,12 +12,28 @@ for, anywhere; everything else is asked again, elsewhere or later, until the tic
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from services.env_agents.episode_events import (
+    Action,
+    Ask,
+    DeadlinePassed,
+    End,
+    EnvFailed,
+    Event,
+    Observed,
+    Replied,
+    ResetEnv,
+    Started,
+    StepEnv,
+    Stepped,
+    Unanswered,
+)
+from services.env_agents.episode_tokens import EpisodeTokens
 from services.env_agents.sequence_builder import SequenceBuilder
 from shared.wire.messages import (
     Behind,
@@ -38,101 +54,6 @@ from shared.wire.trajectory import (
 from shared.wire.trajectory import (
     Sequence as TokenSequence,
 )
-
-# --- events
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The ticket was accepted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """The environment was reset."""
-
-    token_ids: Sequence[int]
-    task_digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class Replied:
-    """A rollout gave its final answer to a request."""
-
-    request_id: str
-    pod: str
-    body: Behind | Partial | Done | Refused
-
-
-@dataclass(frozen=True, slots=True)
-class Unanswered:
-    """A request ended without an answer: nobody listens there, or the pod fell silent."""
-
-    request_id: str
-    cause: Literal["no_responders", "silence"]
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """The environment took an answer."""
-
-    token_ids: Sequence[int]
-    """Of the next observation; ignored when the episode ends."""
-    reward: float
-    terminated: bool
-    truncated: bool
-    rewards: Mapping[str, float] = field(default_factory=dict[str, float])
-
-
-@dataclass(frozen=True, slots=True)
-class EnvFailed:
-    """The environment (or the renderer of its text) raised, hung, or its process went away."""
-
-    reason: Literal["env_error", "env_timeout", "env_lost"]
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeadlinePassed:
-    """The ticket's deadline is over."""
-
-
-Event = Started | Observed | Replied | Unanswered | Stepped | EnvFailed | DeadlinePassed
-
-# --- actions
-
-
-@dataclass(frozen=True, slots=True)
-class ResetEnv:
-    """Reset the environment to the ticket's task."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Request tokens."""
-
-    request: SampleRequest
-    pod: str | None
-    """The pod that holds the prefix; None: anyone."""
-    delay_s: float = 0.0
-    """Wait so long first."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepEnv:
-    """Hand the policy's answer to the environment."""
-
-    token_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The episode is over."""
-
-    outcome: Outcome
-
-
-Action = ResetEnv | Ask | StepEnv | End
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +101,7 @@ class Episode:
         self._waits_for: type[Event] | None = Started
         """None: the episode is over."""
         self._started_at = 0.0
-        self._builder = SequenceBuilder(limits.context_tokens)
-        self._handed_in = 0
-        """Tokens of the newest partial."""
-        self._turns: list[Turn] = []
+        self._tokens = EpisodeTokens(limits.context_tokens)
         self._task_digest = ""
         self._reward = 0.0
         self._rewards: dict[str, float] = {}
@@ -213,8 +131,8 @@ class Episode:
                     return self._past_deadline()
                 self._waits_for = Observed
                 return [ResetEnv()]
-            case Observed(token_ids, task_digest) if self._waits_for is Observed:
-                return self._begin(token_ids, task_digest)
+            case Observed() if self._waits_for is Observed:
+                return self._begin(event)
             case Replied(request_id, pod, body) if request_id == self._request_id:
                 return self._replied(pod, body)
             case Unanswered(request_id, cause) if request_id == self._request_id:
@@ -224,17 +142,33 @@ class Episode:
             case _:
                 return []
 
-    def partial(self, below: int) -> TokenSequence | None:
+    def partial(self, below: int) -> tuple[TokenSequence, ...] | None:
         """Return all tokens so far if any below version `below` was sampled since the last time."""
-        start = self._handed_in
-        if not any(s.version < below and s.stop > start for s in self._builder.spans):
-            return None
-        self._handed_in = len(self._builder)
-        return self._builder.build(self._turns)
+        return self._tokens.partial(below)
+
+    @property
+    def finish(self) -> Literal["stop", "length"]:
+        """How the last answer ended."""
+        return self._finish
+
+    @property
+    def num_context(self) -> int:
+        """Tokens before the last answer."""
+        return self._turn_start
+
+    def last_answer(self) -> SampledTokens:
+        """Return the answer that the environment is stepped with."""
+        return self._builder.sampled_from(self._turn_start)
+
+    @property
+    def _builder(self) -> SequenceBuilder:
+        """The sequence that grows."""
+        return self._tokens.current
 
     # --- turns
-    def _begin(self, token_ids: Sequence[int], task_digest: str) -> list[Action]:
-        self._task_digest = task_digest
+    def _begin(self, first: Observed) -> list[Action]:
+        self._task_digest = first.task_digest
+        token_ids = first.token_ids
         if not token_ids:
             return self._fail("env_error", "the first observation is empty")
         if len(token_ids) >= self._builder.room:
@@ -244,11 +178,12 @@ class Episode:
                 f"context_tokens is {self._limits.context_tokens}",
             )
         self._builder.append_context(token_ids)
-        return self._next_turn()
+        return self._next_turn(first.max_new_tokens)
 
-    def _next_turn(self) -> list[Action]:
+    def _next_turn(self, bound: int | None) -> list[Action]:
         self._turn_start = len(self._builder)
-        self._turn_stop = self._turn_start + min(self._sampling.max_new_tokens, self._builder.room)
+        most = min(self._sampling.max_new_tokens, self._builder.room)
+        self._turn_stop = self._turn_start + (most if bound is None else max(1, min(bound, most)))
         self._turn_pods = []
         return self._ask(self._pod)
 
@@ -259,7 +194,7 @@ class Episode:
             self._rewards[name] = self._rewards.get(name, 0.0) + value
         if step.reward:
             named.setdefault("reward", step.reward)
-        self._turns.append(
+        self._tokens.close_turn(
             Turn(
                 start=self._turn_start,
                 stop=len(self._builder),
@@ -269,12 +204,17 @@ class Episode:
                 pods=tuple(self._turn_pods),
             )
         )
-        over = step.terminated or step.truncated or len(self._turns) >= self._limits.max_turns
+        over = step.terminated or step.truncated or self._tokens.num_turns >= self._limits.max_turns
+        room = self._limits.context_tokens if step.rewrites else self._builder.room
         # An observation that leaves no room for an answer ends the episode with the reward so far.
-        if over or len(step.token_ids) >= self._builder.room:
+        if over or len(step.token_ids) >= room:
             return self._end("done" if step.terminated else "truncated", now)
-        self._builder.append_context(step.token_ids)
-        return self._next_turn()
+        if step.rewrites:
+            # A pod that holds the prefix of the old history holds at least its beginning.
+            self._tokens.begin(step.token_ids, continues=step.continues)
+        else:
+            self._builder.append_context(step.token_ids)
+        return self._next_turn(step.max_new_tokens)
 
     # --- sampling
     def _ask(self, pod: str | None, delay_s: float = 0.0) -> list[Action]:
@@ -292,7 +232,7 @@ class Episode:
             sampling=self._sampling,
             max_new_tokens=self._turn_stop - position,
             min_version=self._ticket.min_version,
-            seed=turn_seed(self._ticket.seed, len(self._turns)),
+            seed=turn_seed(self._ticket.seed, self._tokens.num_turns),
             seed_offset=position - self._turn_start,
             expires=self._ticket.deadline,
         )
@@ -363,7 +303,7 @@ class Episode:
                 status=status,
                 reward=self._reward,
                 rewards=self._rewards,
-                sequences=(self._builder.build(self._turns),),
+                sequences=self._tokens.build(),
                 task_digest=self._task_digest,
                 played_s=max(0.0, now - self._started_at),
             )
@@ -377,9 +317,9 @@ class Episode:
             Replied: "a rollout",
             Stepped: "a step",
         }
+        waiting = doing.get(self._waits_for, "a place")
         return self._fail(
-            "deadline",
-            f"after {len(self._turns)} turns, waiting for {doing.get(self._waits_for, 'a place')}",
+            "deadline", f"after {self._tokens.num_turns} turns, waiting for {waiting}"
         )
 
     def _fail(self, reason: FailureReason, detail: str) -> list[Action]:

@@ -8,19 +8,20 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar, cast
 
+from services.env_agents.answer import Answer
 from services.env_agents.environment import (
+    ActsOnAnswers,
     Environment,
     EnvironmentLost,
     Observation,
     StepResult,
 )
-from services.env_agents.episodes import (
+from services.env_agents.episode_events import (
     Action,
     Ask,
     DeadlinePassed,
     End,
     EnvFailed,
-    Episode,
     Event,
     Observed,
     ResetEnv,
@@ -28,7 +29,14 @@ from services.env_agents.episodes import (
     StepEnv,
     Stepped,
 )
-from services.env_agents.renderer import Renderer
+from services.env_agents.episodes import Episode
+from services.env_agents.renderer import (
+    Continuation,
+    Conversation,
+    ConversationRenderer,
+    Renderer,
+    TextConversation,
+)
 from services.env_agents.sampler_client import SamplerClient
 from shared.runtime.context import Context
 from shared.wire.messages import TaskRef, Ticket
@@ -60,7 +68,7 @@ class Player:
         self,
         context: Context,
         make_environment: Callable[[], Environment],
-        renderer: Renderer,
+        renderer: Renderer | ConversationRenderer,
         sampler: SamplerClient,
         env_timeout_s: float,
     ) -> None:
@@ -73,6 +81,7 @@ class Player:
     async def play(self, ticket: Ticket, episode: Episode) -> Outcome:
         """Play to the end, at the latest to the ticket's deadline."""
         environment: Environment | None = None
+        conversation = self._conversation()
         event: Event = Started()
         deadline = asyncio.timeout(max(0.0, ticket.deadline - time.time()))
         try:
@@ -85,13 +94,13 @@ class Player:
                         case ResetEnv():
                             try:
                                 environment = self._make()
-                                event = await self._reset(environment, ticket.task)
+                                event = await self._reset(environment, conversation, ticket.task)
                             except _EnvironmentFault as fault:
                                 event = fault.event
-                        case StepEnv(token_ids):
+                        case StepEnv():
                             assert environment is not None, "step before reset"
                             try:
-                                event = await self._step(environment, token_ids)
+                                event = await self._step(environment, conversation, action, episode)
                             except _EnvironmentFault as fault:
                                 event = fault.event
                         case Ask(request, pod, delay_s):
@@ -117,33 +126,52 @@ class Player:
         except Exception as error:
             raise _EnvironmentFault(_raised("the constructor", error)) from error
 
-    async def _reset(self, environment: Environment, task: TaskRef) -> Observed:
+    def _conversation(self) -> Conversation:
+        if isinstance(self._renderer, ConversationRenderer):
+            return self._renderer.conversation()
+        return TextConversation(self._renderer)
+
+    async def _reset(
+        self, environment: Environment, conversation: Conversation, task: TaskRef
+    ) -> Observed:
         observation = cast(object, await self._bounded("reset", environment.reset(task)))
         try:
             if not isinstance(observation, Observation):
                 raise TypeError(f"returned {type(observation).__name__}, not Observation")
             digest = str(environment.task_digest())
-            return Observed(self._renderer.prompt(observation.text), digest)
+            token_ids = conversation.begin(observation)
+            return Observed(token_ids, digest, observation.max_new_tokens)
         except Exception as error:
             raise _EnvironmentFault(_raised("reset", error)) from error
 
-    async def _step(self, environment: Environment, token_ids: list[int]) -> Stepped:
+    async def _step(
+        self,
+        environment: Environment,
+        conversation: Conversation,
+        action: StepEnv,
+        episode: Episode,
+    ) -> Stepped:
         self._context.count("env_steps")
         try:
-            answer = self._renderer.decode(token_ids)
+            text, parsed = conversation.read(action.token_ids)
         except Exception as error:
             raise _EnvironmentFault(_raised("decoding an answer", error)) from error
-        result = cast(object, await self._bounded("step", environment.step(answer)))
+        if isinstance(environment, ActsOnAnswers):
+            sampled = episode.last_answer()
+            answer = Answer(
+                text=text,
+                parsed=parsed,
+                token_ids=tuple(action.token_ids),
+                logprobs=tuple(sampled.logprobs.numpy().tolist()),
+                spans=sampled.spans,
+                finish=episode.finish,
+                num_context=episode.num_context,
+            )
+            result = cast(object, await self._bounded("act", environment.act(answer)))
+        else:
+            result = cast(object, await self._bounded("step", environment.step(text)))
         try:
-            if not isinstance(result, StepResult):
-                raise TypeError(f"returned {type(result).__name__}, not StepResult")
-            ends = bool(result.terminated or result.truncated)
-            rewards = {str(name): float(value) for name, value in result.rewards.items()}
-            reward = float(result.reward)
-            if not all(map(math.isfinite, (reward, *rewards.values()))):
-                raise ValueError(f"reward is not finite: {reward}, {rewards}")
-            ids = [] if ends else self._renderer.observation(result.observation.text)
-            return Stepped(ids, reward, bool(result.terminated), bool(result.truncated), rewards)
+            return _stepped(conversation, result)
         except Exception as error:
             raise _EnvironmentFault(_raised("step", error)) from error
 
@@ -167,6 +195,33 @@ class Player:
             # The outcome stands: what an environment leaves behind is not the policy's doing.
             self._context.count("env_close_failures")
             self._context.log.warning("env_close_failed", detail=fault.event.detail)
+
+
+def _stepped(conversation: Conversation, result: object) -> Stepped:
+    """Check what an environment returned, and render what it says next.
+
+    Raises:
+        TypeError: it is no StepResult.
+        ValueError: a reward is not finite, or the observation cannot be rendered.
+    """
+    if not isinstance(result, StepResult):
+        raise TypeError(f"returned {type(result).__name__}, not StepResult")
+    rewards = {str(name): float(value) for name, value in result.rewards.items()}
+    reward = float(result.reward)
+    if not all(map(math.isfinite, (reward, *rewards.values()))):
+        raise ValueError(f"reward is not finite: {reward}, {rewards}")
+    ends = bool(result.terminated or result.truncated)
+    read = Continuation([]) if ends else conversation.follow(result.observation)
+    return Stepped(
+        read.token_ids,
+        reward,
+        bool(result.terminated),
+        bool(result.truncated),
+        rewards,
+        rewrites=read.rewrites,
+        continues=read.continues,
+        max_new_tokens=None if ends else result.observation.max_new_tokens,
+    )
 
 
 def _raised(call: str, error: BaseException) -> EnvFailed:

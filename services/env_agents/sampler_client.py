@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-from services.env_agents.episodes import Replied, Unanswered
+from services.env_agents.episode_events import Replied, Unanswered
 from services.env_agents.gate import Gate
 from shared.runtime.bus import Bus, CoreMessage, Subscription
 from shared.runtime.context import Context

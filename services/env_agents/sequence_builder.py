@@ -69,7 +69,19 @@ class SequenceBuilder:
                 _append_merged(self._mixed_kv, span, start)
         self._length = stop
 
-    def build(self, turns: Ids[Turn]) -> Sequence:
+    def sampled_from(self, start: int) -> SampledTokens:
+        """Return the answer that begins at `start`, in which everything was sampled."""
+        spans = [s for s in self._spans if s.stop > start]
+        return SampledTokens(
+            token_ids=_wire("i4", self._ids[start : self._length]),
+            logprobs=_wire("f4", self._logprobs[start : self._length]),
+            spans=tuple(
+                Span(version=s.version, start=max(s.start, start) - start, stop=s.stop - start)
+                for s in spans
+            ),
+        )
+
+    def build(self, turns: Ids[Turn], parent: int | None = None) -> Sequence:
         """Return the wire form of everything so far."""
         length = self._length
         return Sequence(
@@ -79,6 +91,7 @@ class SequenceBuilder:
             arrays={"sampler_logprobs": _wire("f4", self._logprobs[:length])},
             turns=tuple(turns),
             mixed_kv=tuple(self._mixed_kv),
+            parent=parent,
         )
 
 

@@ -55,7 +55,9 @@ async def serve(context: Context, config: EnvAgentsConfig) -> None:
 
 async def _serve(context: Context, config: EnvAgentsConfig, make: MakeEnvironment) -> None:
     section = config.env_agents
-    renderer = loading.renderer(config.task.renderer, config.model.source, config.task.options)
+    renderer = loading.renderer(
+        config.task.renderer, config.model.source, config.task.renderer_options
+    )
     await context.bus.wait_for_streams(section.streams_timeout_s)
     queue = await context.bus.work_queue(
         "tickets", QUEUE, ack_wait_s=section.ack_wait_s, max_ack_pending=section.max_ack_pending

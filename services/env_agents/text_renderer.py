@@ -19,7 +19,7 @@ class TextRenderer:
     Args:
         model_dir: Hugging Face directory with tokenizer.json. `eos_token_id` of its
             generation_config.json ends an answer; without one, the newline does.
-        options: none are known; the task's options are passed and left alone.
+        options: none are known, and any are left alone.
 
     Raises:
         ConfigError: the tokenizer is missing or unreadable, or nothing can end an answer.

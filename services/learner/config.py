@@ -31,12 +31,28 @@ class EvalSection(Section):
     """Held-out evaluation, outside admission."""
 
     episodes: int = Field(default=512, ge=0)
-    """At the first and the last version; 0 = none."""
+    """At the first and the last version, all samples together; 0 = none."""
+    samples: int = Field(default=1, gt=0)
+    """Episodes per task: k of avg@k and pass@k. `episodes` is a multiple of it."""
+    success_reward: float = 1.0
+    """A reward from here on counts as a success in pass@k."""
     deadline_s: float = Field(default=600.0, gt=0)
     """Of each evaluation ticket: the whole round is queued at once."""
     progress_episodes: int = Field(default=0, ge=0)
     progress_every: int = Field(default=20, gt=0)
     """Versions between evaluations during training."""
+    pin: bool = True
+    """Training waits for an evaluation during training, so that all of it is played at the version
+    it is for; false: it goes on, and late tokens of the evaluation are of later versions."""
+
+    @model_validator(mode="after")
+    def _whole_tasks(self) -> Self:
+        for name in ("episodes", "progress_episodes"):
+            if getattr(self, name) % self.samples:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is no multiple of samples {self.samples}"
+                )
+        return self
 
 
 class CheckpointSection(Section):

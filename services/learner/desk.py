@@ -28,7 +28,7 @@ from services.learner.staging import (
     Staging,
     TerminalArrived,
 )
-from services.learner.task_source import TaskSource
+from services.learner.task_source import TaskSource, WatchesOutcomes
 from services.learner.ticketing import evaluation_tickets, training_groups
 from shared.runtime.context import Context
 from shared.runtime.errors import Conflict
@@ -81,6 +81,8 @@ class Desk:
         if ticket is not None and event.outcome.kind == "trajectory":
             sequences = event.outcome.sequences
             self.dispatched_lengths.append(sum(int(s.loss_mask.numpy().sum()) for s in sequences))
+            if isinstance(self._source, WatchesOutcomes):
+                self._source.outcome(ticket.task, event.outcome.reward)
         self._apply(event)
         if ticket is not None and self.staging.is_played(ticket.group_id):
             self.changed.set()
@@ -148,16 +150,18 @@ class Desk:
         await self.publish_tickets(tickets)
         return num_groups
 
-    async def issue_evaluation(self, name: str, version: int, num_tasks: int) -> EvaluationRound:
+    async def issue_evaluation(self, name: str, version: int, num_episodes: int) -> EvaluationRound:
         """Issue a round of held-out tasks, outside admission."""
+        section = self._config.learner.eval
         async with self._numbering:
             tickets = evaluation_tickets(
                 name,
-                self._source.evaluation(num_tasks),
+                self._source.evaluation(num_episodes // section.samples),
                 self._journal.state,
                 self._config,
                 version=version,
-                deadline=self._clock() + self._config.learner.eval.deadline_s,
+                deadline=self._clock() + section.deadline_s,
+                samples=section.samples,
             )
             round_ = EvaluationRound.of(tickets)
             self.rounds[tickets[0].group_id] = round_

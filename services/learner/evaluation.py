@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from shared.algo.pass_at_k import AtK, at_k
 from shared.wire.journal import Evaluated
 from shared.wire.messages import Ticket
 from shared.wire.trajectory import Outcome, Trajectory
@@ -54,3 +55,27 @@ class EvaluationRound:
             rewards=tuple(reward for _, reward in played),
             num_failed=len(self.tickets) - len(played),
         )
+
+    def versions(self) -> tuple[int, int]:
+        """Return the lowest and the highest version that sampled a token; both ours when pinned."""
+        stamped = [
+            span.version
+            for outcome in self.outcomes.values()
+            if isinstance(outcome, Trajectory)
+            for sequence in outcome.sequences
+            for span in sequence.spans
+        ]
+        return min(stamped, default=self.version), max(stamped, default=self.version)
+
+
+def figures(result: Evaluated, samples: int, success: float) -> dict[str, float]:
+    """Return avg@k and pass@k by name, with intervals; empty where nothing was played k times."""
+    found: AtK | None = at_k(result.task_indices, result.rewards, samples, success)
+    if found is None:
+        return {}
+    named = {"avg": found.avg, "pass": found.passes, "all_pass": found.all_pass}
+    return {
+        f"{name}{bound}": value
+        for name, figure in named.items()
+        for bound, value in (("", figure.mean), ("_low", figure.low), ("_high", figure.high))
+    }

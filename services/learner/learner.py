@@ -18,9 +18,8 @@ from services.learner.config import LearnerConfig
 from services.learner.credit import make_credit
 from services.learner.decision import decide_batch
 from services.learner.desk import Desk
-from services.learner.evaluation import EvaluationRound
+from services.learner.evaluating import Evaluator
 from services.learner.fencing import FenceReport, Fencing
-from services.learner.journal import evaluation_group
 from services.learner.journal_log import JournalLog
 from services.learner.positions import Positions
 from services.learner.publication import Publication
@@ -94,6 +93,7 @@ class Learner:
         """Newest version whose report is on the log."""
         self.version = 0
         self.optimizer_steps = 0
+        self.evaluator = Evaluator(context, config, desk, journal)
 
     @property
     def retained_versions(self) -> list[int]:
@@ -170,8 +170,9 @@ class Learner:
     # --- training
     async def train(self) -> None:
         """Train until the last version is published or the context is stopped."""
-        await self.evaluate("base", 0)
+        await self.evaluator.evaluate("base", 0, head=self.version)
         while self.version < self._config.learner.versions:
+            await self.evaluator.evaluate_pinned(self.version)
             groups = await self._next_groups()
             if not groups:
                 return
@@ -185,7 +186,7 @@ class Learner:
             )
             await self._journal.write(batch)
             await self._execute(batch, self._desk.take(batch), replay=False)
-        await self.evaluate("final", self.version)
+        await self.evaluator.evaluate("final", self.version, head=self.version)
 
     async def finish(self) -> None:
         """End in order: a checkpoint to go on from, or the journal's last entry.
@@ -351,49 +352,6 @@ class Learner:
                 "outstanding_groups": float(len(self._desk.admission.outstanding)),
                 "ready_groups": float(len(self._desk.ready)),
                 "optimizer_steps": float(self.optimizer_steps),
+                **self.evaluator.take_figures(),
             },
         )
-
-    # --- evaluation
-    async def evaluate(self, name: str, version: int) -> None:
-        """Play held-out tasks and journal the result; what an earlier process began is rejoined."""
-        section = self._config.learner.eval
-        num_tasks = section.progress_episodes if name == "progress" else section.episodes
-        done = self._journal.state.evaluation(name, version) is not None
-        if done or num_tasks == 0 or version > self.version:
-            return
-        if name == "base" and self.version > 0:
-            return  # the base version is gone from the rollouts
-        group_id = evaluation_group(name, version)
-        round_ = self._desk.rounds.get(group_id) or await self._desk.issue_evaluation(
-            name, version, num_tasks
-        )
-        await self._played(round_)
-        if round_.complete:
-            await self._journal.write(round_.result())
-            del self._desk.rounds[group_id]
-
-    async def _played(self, round_: EvaluationRound) -> None:
-        while not round_.complete and not self._context.stop.is_set():
-            self._desk.changed.clear()
-            await self._changed_or_stopped()
-
-    async def finish_rounds(self) -> None:
-        """Wait for the evaluations that others have under way; their tickets have deadlines."""
-        while self._desk.rounds and not self._context.stop.is_set():
-            self._desk.changed.clear()
-            await self._changed_or_stopped()
-
-    def due_progress(self) -> int | None:
-        """Return the version whose progress evaluation is due now, None when none is.
-
-        One that an earlier process left open comes first.
-        """
-        left = [r.version for r in self._desk.rounds.values() if r.name == "progress"]
-        if left:
-            return min(left)
-        section = self._config.learner.eval
-        due = self.version - self.version % section.progress_every
-        if not section.progress_episodes or due == 0 or due >= self._config.learner.versions:
-            return None
-        return None if self._journal.state.evaluation("progress", due) else due

@@ -172,7 +172,7 @@ class _Shell:
                 )
             ]
             await self._learner.train()
-            await self._learner.finish_rounds()
+            await self._learner.evaluator.finish_rounds()
             for loop in loops:
                 loop.cancel()
         await self._learner.finish()
@@ -248,10 +248,11 @@ class _Shell:
                 await asyncio.sleep(_POLL_S)
 
     async def _evaluate_progress(self) -> None:
-        while True:
-            due = self._learner.due_progress()
+        while not self._config.learner.eval.pin:
+            evaluator, head = self._learner.evaluator, self._learner.version
+            due = evaluator.due_progress(head)
             if due is not None:
-                await self._learner.evaluate("progress", due)
+                await evaluator.evaluate("progress", due, head=head)
             await asyncio.sleep(0.2)
 
     async def _tick(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from shared.runtime.sections import TaskSection
 from shared.wire.messages import TaskRef
@@ -26,6 +26,15 @@ class TaskSource(Protocol):
         ...
 
     def restore(self, cursor: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class WatchesOutcomes(Protocol):
+    """A task source whose choice of tasks depends on how they went."""
+
+    def outcome(self, task: TaskRef, reward: float) -> None:
+        """Take in one training episode, as it arrives; never called for failed ones."""
+        ...
 
 
 class SeededTaskSource:

@@ -54,25 +54,27 @@ def evaluation_tickets(
     *,
     version: int,
     deadline: float,
+    samples: int = 1,
 ) -> tuple[Ticket, ...]:
-    """Return one ticket per held-out task; the group id names the evaluation."""
+    """Return `samples` tickets per held-out task; the group id names the evaluation."""
+    played = [(task, sample) for task in tasks for sample in range(samples)]
     return tuple(
         Ticket(
             ticket_id=f"e{state.num_eval_tickets + index:07d}",
             purpose="eval",
             group_id=evaluation_group(name, version),
             member=index,
-            group_size=len(tasks),
+            group_size=len(played),
             task=task,
             issue_version=version,
             min_version=version,
             deadline=deadline,
             sampling=config.sampling.params(),
             # Equal for equal tasks in every evaluation: differences are the policy's.
-            seed=derive_seed(config.run.seed, "eval", task.index),
+            seed=derive_seed(config.run.seed, f"eval{sample or ''}", task.index),
             model_id=config.model.model_id,
         )
-        for index, task in enumerate(tasks)
+        for index, (task, sample) in enumerate(played)
     )
 
 

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from shared.cli import (
+    report_evaluations,
     report_explained,
     report_figures,
     report_header,
@@ -70,6 +71,7 @@ def render(records: RunRecords, ledger: Ledger, facts: dict[str, Any]) -> str:
         **report_panels.weights(records),
         **report_explained.trajectory(explain(records, ledger)),
         **report_panels.reproduce(records),
+        "evaluation_table": report_evaluations.table(records),
     }
     return environment.from_string(source).render(context)
 

@@ -146,12 +146,16 @@ def _not_learned(records: RunRecords, lift: Lift | None) -> list[str]:
 def paired_lift(bodies: Iterable[JournalBody], *, seed: int = 0) -> Lift | None:
     """Return success of the `final` against the `base` evaluation, None without both.
 
-    Pairs by task index; the interval is a percentile bootstrap over tasks.
+    Pairs by task index, samples of one task averaged; the interval is a percentile bootstrap over
+    tasks.
     """
     rewards: dict[str, dict[int, float]] = {}
     for body in bodies:
         if isinstance(body, Evaluated) and body.name in ("base", "final"):
-            rewards[body.name] = dict(zip(body.task_indices, body.rewards, strict=True))
+            samples: dict[int, list[float]] = {}
+            for index, reward in zip(body.task_indices, body.rewards, strict=True):
+                samples.setdefault(index, []).append(reward)
+            rewards[body.name] = {i: sum(found) / len(found) for i, found in samples.items()}
     common = sorted(rewards.get("base", {}).keys() & rewards.get("final", {}).keys())
     if not common:
         return None

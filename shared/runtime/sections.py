@@ -88,10 +88,14 @@ class TaskSection(Section):
     dataset: str = "frozen_lake"
     source: str = "services.learner.task_source:SeededTaskSource"
     """Import path of the TaskSource."""
+    source_options: dict[str, Any] = {}
+    """Handed to the task source as written."""
     environment: str = "services.env_agents.tasks.frozen_lake:FrozenLake"
     """Import path of the Environment: any class that satisfies the Protocol."""
     renderer: str = "services.env_agents.text_renderer:TextRenderer"
     """Import path of the Renderer."""
+    renderer_options: dict[str, Any] = {}
+    """Handed to the renderer as written."""
     options: dict[str, Any] = {}
     """Handed to the environment as written."""
     max_turns: int = Field(default=10, gt=0)

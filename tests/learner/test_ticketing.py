@@ -6,9 +6,9 @@ from types import ModuleType
 
 import pytest
 
-from services.learner.config import LearnerConfig, OptimizerSection
+from services.learner.config import EvalSection, LearnerConfig, OptimizerSection
 from services.learner.deadlines import Pauses, overdue
-from services.learner.evaluation import EvaluationRound
+from services.learner.evaluation import EvaluationRound, figures
 from services.learner.journal import JournalState
 from services.learner.publication import within_slack
 from services.learner.schedule import learning_rate
@@ -96,3 +96,32 @@ def test_publication_waits_while_every_live_rollout_is_far_behind() -> None:
     assert within_slack(10, [lease(3), lease(8)], 2)
     assert not within_slack(10, [lease(3), lease(7)], 2)
     assert within_slack(10, [], 2)
+
+
+def test_samples_of_a_task_have_seeds_of_their_own_and_the_first_is_that_of_a_single_one() -> None:
+    state, source = JournalState(), SeededTaskSource(CONFIG.task, 7)
+    tasks = source.evaluation(3)
+    once = evaluation_tickets("base", tasks, state, CONFIG, version=0, deadline=1.0)
+    four = evaluation_tickets("base", tasks, state, CONFIG, version=0, deadline=1.0, samples=4)
+    assert [t.task.index for t in four] == [i for i in range(3) for _ in range(4)]
+    assert len({t.seed for t in four}) == 12
+    assert [t.seed for t in four[::4]] == [t.seed for t in once]
+    assert {t.group_size for t in four} == {12}
+
+
+def test_an_evaluation_tells_which_versions_sampled_it(make: ModuleType) -> None:
+    tickets = [make.ticket(f"e{i}", "eval-progress-v3", i, purpose="eval") for i in range(2)]
+    round_ = EvaluationRound.of(tickets)
+    round_.record("e0", make.trajectory(1.0, (3, 3)), 1)
+    round_.record("e1", make.trajectory(0.0, (3, 4)), 2)
+    assert round_.versions() == (3, 4)
+    found = figures(round_.result(), 2, 1.0)  # both are samples of task 0
+    assert found["avg"] == 0.5
+    assert found["pass"] == 1.0
+    assert found["all_pass"] == 0.0
+    assert figures(round_.result(), 3, 1.0) == {}
+
+
+def test_episodes_that_are_no_whole_tasks_are_refused() -> None:
+    with pytest.raises(ValueError, match="episodes 6 is no multiple of samples 4"):
+        EvalSection(episodes=6, samples=4)

@@ -1,0 +1,1 @@
+"""Customer service with tools: three domains, scripted users, reward from the final database."""
