@@ -52,8 +52,12 @@ SCALARS = (
 EXPORTED = {
     "d_k3_age_slope": "discrepancy_k3_age_slope",
     "sampler_mean_d": "sampler_mean_discrepancy",
+    "d_k3": "discrepancy_k3",
+    "s_k3": "staleness_k3",
+    "s_abs_log_mean": "staleness_abs_log_mean",
+    "s_mean": "staleness_mean",
 }
-"""Prometheus' linter takes a lone `d` for days."""
+"""Prometheus' linter takes a lone `d` for days and a lone `s` for seconds."""
 
 
 def bounds(config: LearnerConfig) -> dict[str, float]:
@@ -128,7 +132,7 @@ class StepTelemetry:
         }
         for name in BY_MINIBATCH:
             values = outcome.arrays.get(f"minibatch_{name}", ())
-            labelled[f"minibatch_{name}", "minibatch"] = {
+            labelled[f"minibatch_{EXPORTED.get(name, name)}", "minibatch"] = {
                 str(number): float(value)
                 for number, value in enumerate(values)
                 if math.isfinite(value)
@@ -136,7 +140,7 @@ class StepTelemetry:
         for name in SHADOW_SCALARS:
             found = {r: scalars.get(f"shadow_{r}_{name}") for r in self._shadows}
             if any(value is not None for value in found.values()):
-                labelled[f"shadow_{name}", "route"] = {
+                labelled[f"shadow_{EXPORTED.get(name, name)}", "route"] = {
                     route: value for route, value in found.items() if value is not None
                 }
         ages = outcome.arrays.get("age_tokens")

@@ -194,7 +194,7 @@ def test_health_and_every_minibatch_are_metrics_with_bounded_labels():
     assert shown("step_ewma_age") == {(): 2.0}
     assert shown("step_snapshot_misses") == {(): 1.0}
     assert shown("ewma_resets") == {("drift",): 3.0}
-    assert shown("minibatch_s_k3") == {("0",): 0.0, ("1",): 0.5}
+    assert shown("minibatch_staleness_k3") == {("0",): 0.0, ("1",): 0.5}
     assert shown("minibatch_clip_high") == {("0",): 0.25}
     assert shown("rejected_ratio") == {("token_low",): 0.1}
     assert shown("cut_ratio") == {("clip_high",): 0.2}
