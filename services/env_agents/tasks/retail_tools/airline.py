@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from services.env_agents.tasks.retail_tools.lookup import entry, id_by_email
 from services.env_agents.tasks.retail_tools.people import distinct_ids, people, who
 from services.env_agents.tasks.retail_tools.scenario import Call, Database, Want
 from services.env_agents.tools import ToolFault
@@ -45,16 +46,11 @@ class Airline:
 
         def find_user_by_email(email: str) -> str:
             """Return the user id of an email address."""
-            for user_id, user in users.items():
-                if user["email"] == email:
-                    return user_id
-            raise ToolFault(f"no user with email {email}")
+            return id_by_email(users, "user", email)
 
         def get_user(user_id: str) -> dict[str, Any]:
             """Return a user's name, email and reservations."""
-            if user_id not in users:
-                raise ToolFault(f"no user {user_id}")
-            return users[user_id]
+            return entry(users, "user", user_id)
 
         def get_reservation(reservation_id: str) -> dict[str, Any]:
             """Return a reservation: flight, cabin, insurance, bags."""

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from services.env_agents.tasks.retail_tools.lookup import entry, id_by_email
 from services.env_agents.tasks.retail_tools.people import distinct_ids, people
 from services.env_agents.tasks.retail_tools.scenario import Call, Database, Want
 from services.env_agents.tools import ToolFault
@@ -41,16 +42,11 @@ class Telecom:
 
         def find_customer_by_email(email: str) -> str:
             """Return the customer id of an email address."""
-            for customer_id, customer in customers.items():
-                if customer["email"] == email:
-                    return customer_id
-            raise ToolFault(f"no customer with email {email}")
+            return id_by_email(customers, "customer", email)
 
         def get_customer(customer_id: str) -> dict[str, Any]:
             """Return a customer's name, email and lines."""
-            if customer_id not in customers:
-                raise ToolFault(f"no customer {customer_id}")
-            return customers[customer_id]
+            return entry(customers, "customer", customer_id)
 
         def get_line(line_id: str) -> dict[str, Any]:
             """Return a line: plan, status, data left, roaming days."""
