@@ -206,18 +206,21 @@ async def test_a_hundred_interruptions_under_load_lose_and_double_no_token(
 ) -> None:
     random = Random(11)
     prompts = {f"e{i}": make_prompt(i, random.randrange(3, 40)) for i in range(20)}
+    seeds = {name: len(name) + int(name[1:]) for name in prompts}
     new = 40
-    num_interrupted = 0
+    num_requests = num_interrupted = 0
+    running: set[str] = set()
 
     async def play(engine, name: str) -> list[int]:  # type: ignore[no-untyped-def]
-        nonlocal num_interrupted
+        nonlocal num_requests, num_interrupted
         got: list[int] = []
         while len(got) < new:
+            num_requests += 1
             spec = make_spec(
-                f"{name}.{len(got)}.{num_interrupted}",
+                f"{name}.{num_requests}",
                 (*prompts[name], *got),
                 new=new - len(got),
-                seed=len(name) + int(name[1:]),
+                seed=seeds[name],
                 seed_offset=len(got),
             )
             running.add(spec.request_id)
@@ -227,22 +230,28 @@ async def test_a_hundred_interruptions_under_load_lose_and_double_no_token(
             got += ids_of(result)
         return got
 
-    running: set[str] = set()
+    async def play_on(engine, name: str) -> list[list[int]]:  # type: ignore[no-untyped-def]
+        """The load lasts as long as the interruptions, however fast the engine is."""
+        answers = [await play(engine, name)]
+        while num_interrupted < 100:
+            answers.append(await play(engine, name))
+        return answers
+
     async with started(kind.make(untied_dir, step_tokens=40)) as engine:
         await engine.update(0, untied_versions[0], None)
-        undisturbed = [
-            ids_of(await engine.sample(make_spec(n, prompts[n], new=new, seed=len(n) + int(n[1:]))))
-            for n in prompts
-        ]
+        undisturbed = {
+            name: ids_of(await engine.sample(make_spec(name, prompts[name], new=new, seed=seed)))
+            for name, seed in seeds.items()
+        }
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(play(engine, name)) for name in prompts]
-            while num_interrupted < 100 and not all(task.done() for task in tasks):
+            tasks = {name: group.create_task(play_on(engine, name)) for name in prompts}
+            while num_interrupted < 100:
                 for _ in range(random.randrange(1, 4)):
                     await asyncio.sleep(kind.tick_s)
                 if running:
                     engine.interrupt(random.choice(sorted(running)))
-        assert num_interrupted >= 100
-        assert [task.result() for task in tasks] == undisturbed
+        for name, task in tasks.items():
+            assert all(answer == undisturbed[name] for answer in task.result())
         load = engine.load()
         assert (load.running, load.waiting) == (0, 0)
 
@@ -322,10 +331,11 @@ async def test_given_text_is_scored_as_the_reference_does_and_sampling_does_not_
         for version in (0, 1):
             await engine.update(version, versions[version], None)
             async with asyncio.TaskGroup() as group:
-                answer = group.create_task(engine.sample(spec))
-                await asyncio.sleep(0)
-                await when_sampled(engine, "r", 3)
-                scored = await engine.score(texts)
+                with stepwise(engine):
+                    answer = group.create_task(engine.sample(spec))
+                    await asyncio.sleep(0)
+                    await when_sampled(engine, "r", 3)
+                    scored = await engine.score(texts)
             assert [len(row) for row in scored] == [16, 1, 40, 2]
             for text, row in zip(texts, scored, strict=True):
                 expected = reference_logprobs(versions[version], text.tolist(), tied=versions.tied)
