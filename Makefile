@@ -78,7 +78,7 @@ bench-routes: $(DEMO) ## every old-logit route against the exact answer: hours, 
 	$(RUN) $(BIN)/python -m shared.cli.bench_routes $(ROUTES_ARGS)
 
 test: $(DEV) ## the default suite, without the kill matrix
-	$(RUN) $(BIN)/python -m pytest -m "not chaos and not chart and not chart_run" -n $(TEST_JOBS) $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -m "not chaos and not chart and not chart_run and not vllm" -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 $(S3): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) s3-test
@@ -124,11 +124,13 @@ test-images: ## build the images and run them hardened (docker or podman)
 test-cluster: $(CHART) $(TOOLS) ## install, upgrade, scale, uninstall on a real cluster (KUBECONFIG=, REGISTRY=)
 	$(RUN) RELEASE=$(RELEASE_NAME) NAMESPACE=$(NAMESPACE) scripts/test_cluster.sh
 
-test-vllm: $(VLLM) ## the engine contract and what only vLLM has, on real engines (10 minutes)
+test-vllm: $(VLLM) $(DEV) $(VLLM_BASE)/config.json ## the engine contract and what only vLLM has, on real engines (4 minutes)
 	$(RUN) LAGWISE_TEST_ENGINES=vllm $(VLLM_VENV)/bin/python -m pytest \
 		tests/rollout/test_engine_contract.py tests/rollout/vllm --timeout 240 -W default \
 		-o asyncio_default_test_loop_scope=session -o asyncio_default_fixture_loop_scope=session \
 		$(PYTEST_ARGS)
+	$(RUN) LAGWISE_ROLLOUT_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+		$(BIN)/python -m pytest tests/e2e/test_vllm.py $(PYTEST_ARGS)
 
 bench-rollout: $(VLLM) ## the service against bare vLLM: table and runs/bench/rollout.json
 	$(RUN) $(VLLM_VENV)/bin/python -m shared.cli.bench_rollout $(ROLLOUT_ARGS)

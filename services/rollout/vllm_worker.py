@@ -104,6 +104,9 @@ def _prepare_process() -> None:
         torch.cpu._init_amx()  # pyright: ignore[reportPrivateUsage]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the rollout drains first
+        # A forked engine shares the rollout's wake-up socket: its own SIGTERM would read there as
+        # a second one to the rollout, which then leaves at once.
+        signal.set_wakeup_fd(-1)
     owner = os.environ.get(OWNER_VARIABLE, "")
     if owner:
         name = "rollout-watch"
