@@ -91,27 +91,47 @@ class LoadingCheck:
             start, size = placement.start, placement.size
             box = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
             expected = source[placement.source][box].to(tensor.device)
-            if not torch.equal(bits_of(box_of(tensor, placement)), bits_of(expected)):
+            if not same_bits(box_of(tensor, placement), expected):
                 raise WrongCopy(f"{local!r} does not hold {placement.piece} as it was published")
 
     def _probe(self, local: str, module: torch.nn.Module, weight_NK: torch.Tensor) -> None:
         num_inputs = weight_NK.shape[1]
         count = min(PROBED_COLUMNS, num_inputs)
+        # Neighbours: a row of the weight is one line of the cache to read, not one per column.
+        first = self._num_probes * count % (num_inputs - count + 1)
         self._num_probes += 1
-        columns = (torch.arange(count) * (num_inputs // count) + self._num_probes) % num_inputs
-        columns_M = columns.to(weight_NK.device)
         rows_MK = weight_NK.new_zeros(count, num_inputs)
-        rows_MK[torch.arange(count), columns_M] = 1
+        rows_MK[:, first : first + count].fill_diagonal_(1)
         method: Any = module.quant_method
         with torch.inference_mode():
             found_MN = method.apply(module, rows_MK)
-            expected_MN = weight_NK[:, columns_M].T
+            expected_MN = weight_NK[:, first : first + count].T
             if torch.equal(found_MN, expected_MN):
                 return
             # 0 * nan is nan: outputs of a row that is not finite say nothing.
             finite_N = weight_NK.isfinite().all(dim=1)
             if not torch.equal(found_MN[:, finite_N], expected_MN[:, finite_N]):
                 raise WrongCopy(f"the packed copy of {local!r} is not of what was loaded")
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype have the same bits, -0.0 and NaN included.
+
+    Eight bytes at a time where rows allow it: a third of the time of two at a time.
+    """
+    sides = tuple(side.detach() for side in (left, right))
+    if all(_in_words(side) for side in sides):
+        return torch.equal(*(side.view(torch.int64) for side in sides))
+    return torch.equal(*(bits_of(side) for side in sides))
+
+
+def _in_words(tensor: torch.Tensor) -> bool:
+    """Whether every row consists of whole, aligned 8-byte words."""
+    width = tensor.element_size()
+    if tensor.dim() == 0 or tensor.stride(-1) != 1 or tensor.storage_offset() * width % 8:
+        return False
+    strides = tensor.stride()[:-1]
+    return tensor.shape[-1] * width % 8 == 0 and all(s * width % 8 == 0 for s in strides)
 
 
 def _packs(module: torch.nn.Module) -> bool:

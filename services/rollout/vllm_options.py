@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,17 @@ def choose_start_method() -> None:
 
     To be called once vLLM has made its configuration, which asks for `spawn` on CPUs for the sake
     of compiler threads that eager execution does not have. With several OpenMP threads it stays:
-    a forked child whose parent has used them hangs.
+    a forked child whose parent has used them hangs. It stays, too, once numba is here (deltas of
+    large models are applied by it): vLLM looks through the modules it finds at its start for
+    kernels, and stumbles over numba's.
     """
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() and os.environ.get("OMP_NUM_THREADS") == "1":
+    one_thread = os.environ.get("OMP_NUM_THREADS") == "1"
+    if current_platform.is_cpu() and one_thread and "llvmlite" not in sys.modules:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    elif current_platform.is_cpu():
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 
 def check_head_size(head_dim: int) -> None:

@@ -34,6 +34,7 @@ from tests.rollout.pods import World, eventually, make_request
 from tests.rollout.vllm.pool import DTYPES, Borrowed
 
 EXACT = TOLERANCE[torch.float32]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def pid_of(engine: Any) -> int:
@@ -243,7 +244,10 @@ async def test_a_pod_whose_engine_process_dies_while_idle_goes_unready_and_comes
 
 
 @pytest.mark.timeout(400)
-async def test_an_engine_ends_with_its_rollout_and_not_with_ctrl_c(untied_dir: Path) -> None:
+@pytest.mark.parametrize("before", ["", "    import numba\n"], ids=["forked", "spawned_for_numba"])
+async def test_an_engine_ends_with_its_rollout_and_not_with_ctrl_c(
+    untied_dir: Path, before: str
+) -> None:
     script = (
         "import asyncio, sys\n"
         "from pathlib import Path\n"
@@ -257,10 +261,17 @@ async def test_an_engine_ends_with_its_rollout_and_not_with_ctrl_c(untied_dir: P
         "    manager = server._llm.engine_core.resources.engine_manager\n"
         "    print('pid', manager.processes[0].pid, flush=True)\n"
         "    await asyncio.sleep(1000)\n"
-        "asyncio.run(main())\n"
+        f"if __name__ == '__main__':\n{before}"
+        "    asyncio.run(main())\n"
     )
+    program = untied_dir / "program.py"
+    program.write_text(script)
     rollout = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", script, str(untied_dir), stdout=asyncio.subprocess.PIPE
+        sys.executable,
+        str(program),
+        str(untied_dir),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert rollout.stdout is not None
     engine = 0
@@ -268,6 +279,7 @@ async def test_an_engine_ends_with_its_rollout_and_not_with_ctrl_c(untied_dir: P
         while not engine and not rollout.stdout.at_eof():
             words = (await rollout.stdout.readline()).split()
             engine = int(words[1]) if words[:1] == [b"pid"] else 0
+    assert engine, "it did not start"
     os.kill(engine, signal.SIGINT)
     await asyncio.sleep(0.5)
     assert _lives(engine)
