@@ -132,8 +132,10 @@ test-vllm: $(VLLM) $(DEV) $(VLLM_BASE)/config.json ## the engine contract and wh
 	$(RUN) LAGWISE_ROLLOUT_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 		$(BIN)/python -m pytest tests/e2e/test_vllm.py $(PYTEST_ARGS)
 
-bench-rollout: $(VLLM) ## the service against bare vLLM: table and runs/bench/rollout.json
+bench-rollout: $(VLLM) $(DEMO) ## against bare vLLM, and asynchronous against synchronous: runs/bench/rollout.json (35 minutes)
 	$(RUN) $(VLLM_VENV)/bin/python -m shared.cli.bench_rollout $(ROLLOUT_ARGS)
+	$(RUN) LAGWISE_ROLLOUT_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+		$(BIN)/python -m shared.cli.bench_async $(ASYNC_ARGS)
 
 $(ENVS): pyproject.toml constraints.txt scripts/install_envs.sh
 	@PYTHON=$(PYTHON) scripts/install_envs.sh $(VENV_ENVS)

@@ -51,9 +51,9 @@ State = dict[str, torch.Tensor]
 CONTEXT = 1024
 MODELS: dict[str, dict[str, int]] = {
     "0.85M": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab": 256},
-    "60M": {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 10, "vocab": 4096},
+    "60M": {"hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 12, "vocab": 4096},
 }
-"""Head size 64; 0.9 M and 62 M parameters."""
+"""Head size 64; 0.85 M and 64 M parameters."""
 
 LIMITS = {"60M": 0.90, "0.85M": 0.60}
 """Least tokens/s of the service over bare vLLM's at 32 episodes."""
@@ -397,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({k: v for k, v in results[-1].items() if k != "throughput"}), flush=True)
     lines = judge(results)
     print("\n".join(lines))
-    print("not measured: asynchronous against synchronous training; anything on a GPU")
+    print("not measured: anything on a GPU")
     print(arguments.out)
     return 1 if arguments.strict and any(line.startswith("MISSED") for line in lines) else 0
 

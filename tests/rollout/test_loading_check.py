@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.rollout.loading_check import LoadingCheck, WrongCopy
+from services.rollout.loading_check import LoadingCheck, WrongCopy, same_bits
 from shared.weights.layout_parts import Source, fuse, replicate, shard_rows, share_of
 from shared.weights.layouts import Layout
 
@@ -129,3 +129,20 @@ def test_outside_an_update_nothing_is_watched() -> None:
     model = Model(Packing(), torch.float32)
     LoadingCheck(model, LAYOUT)
     model.load(make_source(0), swapped=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("box", [(slice(None), slice(None)), (slice(1, 5), slice(1, 6))])
+def test_bits_are_compared_in_every_alignment(dtype: torch.dtype, box: tuple[slice, slice]) -> None:
+    left = torch.randn(6, 8).to(dtype)
+    left[2, 3] = float("nan")
+    right = left.clone()
+    assert same_bits(left[box], right[box])
+    width = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    for row in range(1, 5):
+        for column in range(1, 6):
+            changed = right.clone()
+            changed.view(width)[row, column] ^= 1
+            assert not same_bits(left[box], changed[box])
+    zeros = torch.zeros(2, 8, dtype=dtype)
+    assert not same_bits(zeros, -zeros)
