@@ -119,9 +119,12 @@ class EngineHost:
             if self._dead:
                 await self._rebuild()
             complete = None if not self._applied else changed
+            # Before the update, so that nothing is sampled between it and the comparison; in a
+            # thread: seconds for a large model, in which turns go on and heartbeats are sent.
+            expected = await asyncio.to_thread(cast_digest, state, self._dtype)
             self._updating = True
             await self._engine.update(manifest.version, state, complete)
-            await self._verify(manifest, state)
+            await self._verify(manifest, expected)
         except EngineDead as error:
             self.died(self._engine, error)
             # At once: nothing that the wrong weights sample may be answered.
@@ -132,13 +135,16 @@ class EngineHost:
         self._applied = True
         self.problem = ""
 
-    async def _verify(self, manifest: Manifest, state: State) -> None:
+    async def _verify(self, manifest: Manifest, expected: str) -> None:
         """Hold the device copy against its source and, where that proves anything, the canary.
+
+        Args:
+            manifest: of the version.
+            expected: digest that its cast copy must have.
 
         Raises:
             EngineDead: it is not the version.
         """
-        expected = cast_digest(state, self._dtype)
         found = self._engine.device_digest()
         if found != expected:
             raise EngineDead(f"the device copy has digest {found}, its source {expected}")
