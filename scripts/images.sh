@@ -9,7 +9,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 fail() { printf 'images: %s\n' "$*" >&2; exit 2; }
 
-engine=$(command -v docker || command -v podman) || fail "neither docker nor podman is installed"
+# A docker command without its daemon is no engine.
+engine=""
+for candidate in docker podman; do
+    if [ -z "$engine" ] && command -v "$candidate" >/dev/null && "$candidate" info >/dev/null 2>&1; then
+        engine=$candidate
+    fi
+done
+[ -n "$engine" ] || fail "no container engine: neither \`docker info\` nor \`podman info\` answers"
 act=${1:-build}
 registry=${REGISTRY:-}
 tag=${TAG:-$(sed -n 's/^appVersion: "\(.*\)"/\1/p' charts/lagwise/Chart.yaml)}

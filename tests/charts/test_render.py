@@ -502,6 +502,20 @@ def test_a_policy_per_role_lets_through_the_bus_and_scraping_only():
     assert of_kind(rendered("bare"), "NetworkPolicy") == []
 
 
+# --- helm test
+@pytest.mark.parametrize(
+    ("example", "roles"),
+    [
+        ("frozen_lake/values", "learner,rollout,env_agents,logit_oracle"),
+        ("fixed_async_offpolicy/snapshot_old", "learner,rollout,env_agents"),
+    ],
+)
+def test_helm_test_waits_for_the_roles_that_have_pods(example: str, roles: str):
+    pod = of_kind(render({}, ROOT / f"examples/{example}.yaml"), "Pod")[0]
+    arguments = pod_spec(pod)["containers"][0]["args"]
+    assert arguments[arguments.index("--roles") + 1] == roles
+
+
 # --- model sources
 def test_a_hub_model_is_fetched_once_before_the_service_and_read_from_the_folder():
     objects = rendered("hub")

@@ -5,6 +5,12 @@
 {{- eq .Values.autoscaling.mode "none" | ternary "true" "" -}}
 {{- end -}}
 
+{{/* Whether a role is meant to have no pod at all: routes that score without oracles. */}}
+{{- define "lagwise.isNone" -}}
+{{- $replicas := (index .root.Values .role).replicas -}}
+{{- if and (include "lagwise.fixedReplicas" .root) (not (kindIs "invalid" $replicas)) (eq (int $replicas) 0) -}}true{{- end -}}
+{{- end -}}
+
 {{- define "lagwise.deployment" -}}
 {{- $values := index .root.Values .role -}}
 apiVersion: apps/v1
