@@ -21,6 +21,7 @@ from shared.runtime.errors import BusUnavailable, ConfigError, Denied
 from shared.runtime.logs import Log
 from shared.runtime.nats_bus import connect
 from shared.runtime.sections import CommonConfig
+from shared.runtime.signals import leave_at_sigterm
 from shared.wire.codec import decode
 from shared.wire.errors import WireError
 from shared.wire.subjects import Subjects
@@ -36,9 +37,7 @@ class Answer:
     said: str
 
 
-async def check(
-    common: CommonConfig, wait_s: float, roles: Sequence[str] = ROLES
-) -> list[Answer]:
+async def check(common: CommonConfig, wait_s: float, roles: Sequence[str] = ROLES) -> list[Answer]:
     """Ask everything; leases of `roles`.
 
     Raises:
@@ -114,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--wait", type=float, default=60.0, metavar="S")
     parser.add_argument("--roles", type=_roles, default=ROLES, metavar="ROLE,...")
     arguments = parser.parse_args(argv)
+    leave_at_sigterm(143)
     try:
         common = read(arguments.config).common()
         answers = asyncio.run(check(common, arguments.wait, arguments.roles))
