@@ -1,7 +1,8 @@
 """`python -m shared.cli.bus_check --config FILE`: what `helm test` runs against a release.
 
 A real request and its reply with the operator's account, a write that the server must refuse, and
-a lease from every role that has pods. One line per question; exit code 1 when one is answered wrongly.
+a lease from every role that has pods. One line per question; exit code 1 when one is answered
+wrongly.
 """
 
 from __future__ import annotations

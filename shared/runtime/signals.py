@@ -14,6 +14,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+CANCELLATIONS = 10
+CANCEL_S = 0.2
+"""For one of them."""
+
 
 def leave_at_sigterm(code: int = 0) -> None:
     """End the process at SIGTERM: while it has nothing to hand back, or for good."""
@@ -45,6 +49,10 @@ async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T
         await asyncio.wait([working, stopped], return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
-        for task in (working, stopped):
-            task.cancel()
-        await asyncio.gather(working, stopped, return_exceptions=True)
+        stopped.cancel()
+        # More than once: asyncio.wait_for of Python 3.11, which the NATS client connects with, loses
+        # a cancellation that meets the end of what it waits for.
+        for _ in range(CANCELLATIONS):
+            working.cancel()
+            if (await asyncio.wait([working], timeout=CANCEL_S))[0]:
+                break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -135,6 +136,19 @@ async def test_work_goes_on_until_the_stop_and_its_failure_is_raised():
     asyncio.get_running_loop().call_later(0.01, told.set)
     assert await unless_stopped(told, endless()) is None
     assert cancelled.is_set()
+
+
+async def test_work_that_loses_a_cancellation_is_cancelled_again():
+    told = asyncio.Event()
+
+    async def loses_one() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        await asyncio.sleep(60)
+
+    asyncio.get_running_loop().call_soon(told.set)
+    async with asyncio.timeout(5):
+        assert await unless_stopped(told, loses_one()) is None
 
 
 async def _fail() -> None:
