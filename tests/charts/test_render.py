@@ -217,7 +217,9 @@ def test_selectors_tell_releases_and_roles_apart():
         selectors: list[tuple[str, str, dict]] = []
         for release in ("a", "b"):
             for item in render(VARIANTS[variant], release=release):
-                if item["kind"] in ("Deployment", "StatefulSet"):
+                if item["kind"] == "Pod":
+                    pods.append((release, component_of(item), item["metadata"]["labels"]))
+                elif item["kind"] in ("Deployment", "StatefulSet"):
                     labels = item["spec"]["template"]["metadata"]["labels"]
                     pods.append((release, component_of(item), labels))
                     selectors.append(
@@ -488,7 +490,7 @@ def test_each_role_mounts_its_own_bus_secret_and_no_other():
 def test_a_policy_per_role_lets_through_the_bus_and_scraping_only():
     objects = rendered("defaults")
     policies = {component_of(o): o["spec"] for o in of_kind(objects, "NetworkPolicy")}
-    assert policies.keys() == {"learner", "rollout", "env-agents", "logit-oracle", "nats"}
+    assert policies.keys() == {"learner", "rollout", "env-agents", "logit-oracle", "nats", "check"}
     for role, spec in policies.items():
         assert set(spec["policyTypes"]) == {"Ingress", "Egress"}
         ports = {p["port"] for r in spec["egress"] for p in r["ports"]}

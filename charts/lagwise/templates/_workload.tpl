@@ -85,7 +85,8 @@ spec:
     matchLabels:
       {{- include "lagwise.selectorLabels" . | nindent 6 }}
   policyTypes: [Ingress, Egress]
-  {{- if ne .role "operator" }}
+  {{- $serves := not (has .role (list "operator" "check")) }}
+  {{- if $serves }}
   ingress:
     {{- with $policy.metricsFrom }}
     - from:
@@ -117,7 +118,7 @@ spec:
         - port: {{ include "lagwise.externalNatsPort" .root }}
           protocol: TCP
     {{- end }}
-    {{- if and (ne .role "operator") (hasPrefix "hf://" (include "lagwise.modelSource" .root)) (not .root.Values.huggingface.offline) }}
+    {{- if and $serves (hasPrefix "hf://" (include "lagwise.modelSource" .root)) (not .root.Values.huggingface.offline) }}
     # The model hub, for the init container.
     - ports:
         - port: 443
