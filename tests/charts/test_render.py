@@ -111,11 +111,11 @@ VARIANTS: dict[str, Object] = {
         "huggingface": {
             "tokenSecret": {"name": "hf"},
             "endpoint": "https://mirror",
-            "offline": True,
         },
     },
     "hub, shared cache": {
         "config": {"model": {"source": "hf://org/name@abc123"}},
+        "huggingface": {"offline": True},
         "modelCache": {"claim": "models"},
     },
     "claim": {"config": {"model": {"source": "pvc://models/qwen/4b"}}},
@@ -537,10 +537,33 @@ def test_a_hub_model_is_fetched_once_before_the_service_and_read_from_the_folder
             "name": "hf",
             "key": "token",
         }
-        assert environment["HF_HUB_OFFLINE"]["value"] == "1"
+        assert environment["HF_ENDPOINT"]["value"] == "https://mirror"
+        assert "HF_HUB_OFFLINE" not in environment
         main = {e["name"]: e for e in pod_spec(item)["containers"][0]["env"]}
         assert "HF_TOKEN" not in main
         assert main["HF_HUB_OFFLINE"]["value"] == "1"
+
+
+def test_offline_the_fetcher_reads_the_shared_cache_and_opens_no_way_out():
+    objects = rendered("hub, shared cache")
+    for item in with_pods(objects):
+        if component_of(item) in ("nats", "check"):
+            continue
+        fetch = pod_spec(item)["initContainers"][0]
+        assert {"name": "HF_HUB_OFFLINE", "value": "1"} in fetch["env"]
+        volume = next(v for v in pod_spec(item)["volumes"] if v["name"] == "models")
+        assert volume["persistentVolumeClaim"] == {"claimName": "models"}
+    for policy in of_kind(objects, "NetworkPolicy"):
+        assert 443 not in {p["port"] for r in policy["spec"]["egress"] for p in r["ports"]}
+
+
+def test_the_annotator_can_be_told_what_every_pod_can():
+    extra = {key: PLACED["rollout"][key] for key in ("extraEnv", "extraVolumes", "extraVolumeMounts")}
+    values = {"deletionCost": {"enabled": True, **extra}}
+    spec = pod_spec(of_kind(render(values), "Deployment", "operator")[0])
+    assert extra["extraEnv"][0] in spec["containers"][0]["env"]
+    assert extra["extraVolumeMounts"][0] in spec["containers"][0]["volumeMounts"]
+    assert extra["extraVolumes"][0] in spec["volumes"]
 
 
 def test_a_claim_is_mounted_read_only_and_fetched_by_nobody():

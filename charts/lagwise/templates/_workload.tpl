@@ -161,7 +161,7 @@ spec:
 {{/* The wanted number of pods as an external metric. AverageValue 1: the metric *is* the number. */}}
 {{- define "lagwise.hpa" -}}
 {{- if eq .root.Values.autoscaling.mode "hpa" -}}
-{{- $range := index .root.Values.autoscaling .role -}}
+{{- $range := include "lagwise.scalingRange" . | fromJson -}}
 apiVersion: autoscaling/v2
 kind: HorizontalPodAutoscaler
 metadata:
@@ -189,6 +189,14 @@ spec:
 {{- end -}}
 {{- end -}}
 
+{{- define "lagwise.scalingRange" -}}
+{{- $range := index .root.Values.autoscaling .role -}}
+{{- if gt (int $range.min) (int $range.max) -}}
+{{- fail (printf "autoscaling.%s.min %d: exceeds its max %d" .role (int $range.min) (int $range.max)) -}}
+{{- end -}}
+{{- toJson $range -}}
+{{- end -}}
+
 {{- define "lagwise.scalingBehavior" -}}
 scaleUp:
   stabilizationWindowSeconds: 0
@@ -209,7 +217,7 @@ scaleDown:
 
 {{- define "lagwise.scaledObject" -}}
 {{- if eq .root.Values.autoscaling.mode "keda" -}}
-{{- $range := index .root.Values.autoscaling .role -}}
+{{- $range := include "lagwise.scalingRange" . | fromJson -}}
 apiVersion: keda.sh/v1alpha1
 kind: ScaledObject
 metadata:
