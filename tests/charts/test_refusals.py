@@ -119,6 +119,14 @@ def test_a_grace_period_within_the_drain_is_refused():
     assert "drain_s" in said
 
 
+def test_an_engine_over_other_than_the_pods_gpus_is_refused():
+    said = render_fails(
+        {"rollout": {"gpu": {"count": 4}}, "config": {"rollout": {"engine": "vllm"}}}
+    )
+    assert "config.rollout.vllm.tensor_parallel_size 1" in said
+    assert "rollout.gpu.count 4" in said
+
+
 @pytest.mark.parametrize("mode", ["hpa", "keda"])
 def test_an_autoscaler_whose_least_exceeds_its_most_is_refused(mode: str):
     said = render_fails(
