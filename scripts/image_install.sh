@@ -9,11 +9,11 @@ case $SERVICE in
     logit-oracle) extra=logit-oracle,hub,s3,nkeys torch=1 ;;
     rollout)
         torch=1
-        # vLLM where there is a GPU; it holds transformers back.
+        # vLLM where there is a GPU; it holds transformers and numba back.
         if [ "$TORCH" = cpu ]; then
             extra=rollout-torch,hub,s3,nkeys
         else
-            extra=rollout,hub,s3,nkeys constraints=/dev/null  # vLLM pins what it needs
+            extra=rollout,hub,s3,nkeys constraints=constraints-cuda.txt
         fi
         ;;
     env-agents) extra=env-agents,hub,nkeys torch=0 ;;

@@ -3,7 +3,7 @@
 #
 # REGISTRY=registry.example.com/team   required to push
 # TAG=0.1.0                            default: the chart's appVersion
-# BASE_IMAGE=, TORCH=cu128             see charts/images/Dockerfile
+# BASE_IMAGE=, TORCH=cu130             see charts/images/Dockerfile
 # test builds and checks; check takes the images as they are
 # SERVICES="rollout learner"           default: all five
 set -euo pipefail

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.charts.rendering import ROOT, pod_spec, render, with_pods
 
@@ -87,8 +89,30 @@ def test_every_image_whose_pod_fetches_a_model_can_fetch_one(tmp_path: Path):
 
 
 def test_a_cuda_variant_takes_torch_from_its_own_index(tmp_path: Path):
-    calls, _ = pip_calls("rollout", tmp_path, torch="cu128")
-    assert "--index-url https://index.example.com/cu128 torch==2.13.0+cu128" in calls
+    calls, wanted = pip_calls("rollout", tmp_path, torch="cu130")
+    assert "--index-url https://index.example.com/cu130 torch==2.13.0+cu130" in calls
+    assert "--constraint constraints-cuda.txt --requirement" in calls
+    assert "vllm==0.32.0" in wanted
+
+
+def locked(path: str) -> dict[str, str]:
+    lines = (ROOT / path).read_text().splitlines()
+    pins = (line.partition(";")[0].split("==") for line in lines if "==" in line and line[0] != "#")
+    return {canonicalize_name(name): version.strip() for name, version in pins}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("torch", ["cpu", "cu130"])
+def test_the_lock_of_an_image_has_a_version_that_its_extras_accept(
+    service: str, torch: str, tmp_path: Path
+):
+    calls, wanted = pip_calls(service, tmp_path, torch)
+    [lock] = re.findall(r"--constraint (\S+) --requirement", calls)
+    pins = locked(lock)
+    for line in wanted.splitlines():
+        requirement = Requirement(line)
+        version = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), (lock, line, version)
 
 
 def test_an_unknown_service_is_refused_by_name():
