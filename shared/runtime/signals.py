@@ -50,8 +50,8 @@ async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T
         return working.result() if working.done() else None
     finally:
         stopped.cancel()
-        # More than once: asyncio.wait_for of Python 3.11, which the NATS client connects with, loses
-        # a cancellation that meets the end of what it waits for.
+        # More than once: asyncio.wait_for of Python 3.11, which the NATS client connects with,
+        # loses a cancellation that meets the end of what it waits for.
         for _ in range(CANCELLATIONS):
             working.cancel()
             if (await asyncio.wait([working], timeout=CANCEL_S))[0]:

@@ -54,7 +54,9 @@ def as_template(words: list[str]) -> list[str]:
     return ["template", *plain, *flags]
 
 
-@pytest.mark.parametrize(("page", "words"), releases(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("page", "words"), releases(), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_every_installation_and_upgrade_on_the_pages_renders(page: str, words: list[str]):
     given = [*as_template(words), "--set", "image.registry=registry.example.com/team"]
     done = subprocess.run([tool("helm"), *given], cwd=ROOT, capture_output=True, text=True)

@@ -74,7 +74,9 @@ async def test_services_connect_with_the_url_and_ca_they_are_given(tls_server: A
     await link.close()
 
 
-async def test_a_client_that_does_not_trust_the_ca_is_not_connected(tls_server: Any, tmp_path: Path):
+async def test_a_client_that_does_not_trust_the_ca_is_not_connected(
+    tls_server: Any, tmp_path: Path
+):
     server, _ = tls_server
     stranger = secret(tmp_path / "stranger")["ca.crt"]
     access = server.access("rollout").model_copy(

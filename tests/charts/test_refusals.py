@@ -131,7 +131,11 @@ def test_an_engine_over_other_than_the_pods_gpus_is_refused():
 def test_an_autoscaler_whose_least_exceeds_its_most_is_refused(mode: str):
     said = render_fails(
         {
-            "autoscaling": {"mode": mode, "prometheusAddress": "http://p", "env_agents": {"min": 9}},
+            "autoscaling": {
+                "mode": mode,
+                "prometheusAddress": "http://p",
+                "env_agents": {"min": 9},
+            },
             "monitoring": {"prometheusRule": {"enabled": True}},
         }
     )

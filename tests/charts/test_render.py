@@ -558,7 +558,9 @@ def test_offline_the_fetcher_reads_the_shared_cache_and_opens_no_way_out():
 
 
 def test_the_annotator_can_be_told_what_every_pod_can():
-    extra = {key: PLACED["rollout"][key] for key in ("extraEnv", "extraVolumes", "extraVolumeMounts")}
+    extra = {
+        key: PLACED["rollout"][key] for key in ("extraEnv", "extraVolumes", "extraVolumeMounts")
+    }
     values = {"deletionCost": {"enabled": True, **extra}}
     spec = pod_spec(of_kind(render(values), "Deployment", "operator")[0])
     assert extra["extraEnv"][0] in spec["containers"][0]["env"]
