@@ -42,7 +42,7 @@ def releases() -> list[tuple[str, list[str]]]:
 
 
 def as_template(words: list[str]) -> list[str]:
-    """`helm template` with the same release, chart and values; what only a cluster knows is left out."""
+    """`helm template` with the same release, chart and values."""
     flags: list[str] = []
     rest = iter(words[1:])
     plain = []
@@ -111,7 +111,10 @@ def notes(values: Object, folder: Path) -> str:
     ("values", "said"),
     [
         ({}, "helm upgrade ... --set rollout.replicas=6"),
-        ({"autoscaling": {"mode": "external"}}, "lagwise scale rollout 6 --namespace ns1 --release r1"),
+        (
+            {"autoscaling": {"mode": "external"}},
+            "lagwise scale rollout 6 --namespace ns1 --release r1",
+        ),
         (
             {"autoscaling": {"mode": "hpa"}, "monitoring": {"prometheusRule": {"enabled": True}}},
             "hpa scales the rollouts between 1 and 8",

@@ -1,4 +1,4 @@
-"""The rendered configuration with TLS, in a real server: the chart's accounts over its own CA only."""
+"""The rendered configuration with TLS, in a real server: accounts over the release's CA only."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def secret(folder: Path) -> dict[str, Path]:
     folder.mkdir()
     files = {name: folder / name for name in ("tls.crt", "tls.key", "ca.crt")}
     subprocess.run(
-        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=nats",
-         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(files["tls.key"]),
+        [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=nats", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(files["tls.key"]),
          "-out", str(files["tls.crt"])],
         check=True, capture_output=True,
     )  # fmt: skip

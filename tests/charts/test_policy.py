@@ -1,4 +1,4 @@
-"""Best practice by another's rules: checkov over a matrix of values, exceptions with a reason each."""
+"""Best practice by another's rules: checkov over several values, exceptions with a reason each."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[Failure]
     for name, objects in {**rendered, BROKEN: broken()}.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump_all(objects))
     done = subprocess.run(
-        [tool("checkov"), "--framework", "kubernetes", "--directory", str(folder), "--output", "json",
-         "--quiet", "--compact", "--skip-download"],
+        [tool("checkov"), "--framework", "kubernetes", "--directory", str(folder),
+         "--output", "json", "--quiet", "--compact", "--skip-download"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
