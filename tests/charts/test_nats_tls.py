@@ -36,7 +36,8 @@ def secret(folder: Path) -> dict[str, Path]:
     files = {name: folder / name for name in ("tls.crt", "tls.key", "ca.crt")}
     subprocess.run(
         [openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-         "-subj", "/CN=nats", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(files["tls.key"]),
+         "-subj", "/CN=nats", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", str(files["tls.key"]),
          "-out", str(files["tls.crt"])],
         check=True, capture_output=True,
     )  # fmt: skip
