@@ -95,7 +95,7 @@ $(TOOLS): scripts/tools.sh
 	@PYTHON=$(PYTHON) scripts/tools.sh
 	@touch $@
 
-tools: $(TOOLS) ## fetch helm, kubectl, prometheus and promtool into .tools/
+tools: $(TOOLS) ## fetch helm, kubectl, prometheus, promtool and checkov into .tools/
 
 chart: $(CHART) $(TOOLS) ## the Helm chart: lint, render, validate, accounts, rules, dashboards
 	$(RUN) $(BIN)/python -m pytest tests/charts -m chart $(PYTEST_ARGS)

@@ -3,19 +3,20 @@
 set -eu
 
 constraints=constraints.txt
+# hub: the init container that fetches an hf:// model runs in the role's own image.
 case $SERVICE in
-    learner) extra=learner,s3,nkeys torch=1 ;;
-    logit-oracle) extra=logit-oracle,s3,nkeys torch=1 ;;
+    learner) extra=learner,hub,s3,nkeys torch=1 ;;
+    logit-oracle) extra=logit-oracle,hub,s3,nkeys torch=1 ;;
     rollout)
         torch=1
-        # vLLM where there is a GPU; it holds transformers back.
+        # vLLM where there is a GPU; it holds transformers and numba back.
         if [ "$TORCH" = cpu ]; then
-            extra=rollout-torch,s3,nkeys
+            extra=rollout-torch,hub,s3,nkeys
         else
-            extra=rollout,s3,nkeys constraints=/dev/null  # vLLM pins what it needs
+            extra=rollout,hub,s3,nkeys constraints=constraints-cuda.txt
         fi
         ;;
-    env-agents) extra=env-agents,nkeys torch=0 ;;
+    env-agents) extra=env-agents,hub,nkeys torch=0 ;;
     operator) extra=kube,nkeys torch=0 ;;
     *) echo "SERVICE=$SERVICE: learner, rollout, env-agents, logit-oracle or operator" >&2; exit 2 ;;
 esac

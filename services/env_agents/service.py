@@ -58,7 +58,8 @@ async def _serve(context: Context, config: EnvAgentsConfig, make: MakeEnvironmen
     renderer = loading.renderer(
         config.task.renderer, config.model.source, config.task.renderer_options
     )
-    await context.bus.wait_for_streams(section.streams_timeout_s)
+    if not await context.streams_exist(section.streams_timeout_s):
+        return
     queue = await context.bus.work_queue(
         "tickets", QUEUE, ack_wait_s=section.ack_wait_s, max_ack_pending=section.max_ack_pending
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,14 +21,11 @@ from services.logit_oracle.config import LogitOracleConfig
 from services.logit_oracle.oracle import Oracle
 from shared.backends.torch_backend import TorchBackend
 from shared.runtime.context import Context
-from shared.runtime.errors import BusUnavailable, ConfigError
+from shared.runtime.errors import ConfigError
 from shared.weights.assembly import make_follower, make_history
 
 QUEUE = "logit_oracle"
 """Durable name of the work queue's consumer; oracles share it."""
-
-STREAMS_POLL_S = 1.0
-"""Between two looks at the stop signal while the streams do not exist yet."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -51,8 +47,7 @@ async def serve(context: Context, config: LogitOracleConfig) -> None:
         num_vocab = vocabulary(source)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    await _wait_for_streams(context, section.streams_timeout_s)
-    if context.stop.is_set():
+    if not await context.streams_exist(section.streams_timeout_s):
         return
     queue = await context.bus.work_queue(
         "terminals", QUEUE, ack_wait_s=section.ack_wait_s, max_ack_pending=section.max_ack_pending
@@ -74,20 +69,6 @@ async def serve(context: Context, config: LogitOracleConfig) -> None:
         bench.close()
         await queue.close()
         context.log.info("stopped", **context.counters)
-
-
-async def _wait_for_streams(context: Context, timeout_s: float) -> None:
-    """Wait until the learner has created the streams, or until the context is stopped."""
-    deadline = time.monotonic() + timeout_s
-    while not context.stop.is_set():
-        left_s = deadline - time.monotonic()
-        try:
-            await context.bus.wait_for_streams(max(0.0, min(STREAMS_POLL_S, left_s)))
-        except BusUnavailable:
-            if left_s <= STREAMS_POLL_S:
-                raise
-        else:
-            return
 
 
 def vocabulary(source: Path) -> int:

@@ -52,7 +52,8 @@ async def serve(context: Context, config: RolloutConfig) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     context.health.set_unready(host.problem)
-    await context.bus.wait_for_streams(section.streams_timeout_s)
+    if not await context.streams_exist(section.streams_timeout_s):
+        return
     try:
         if not await _started(context, host):
             return

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from shared.runtime.leases import LeaseBoard
 from shared.runtime.logs import Log
 from shared.runtime.nats_bus import connect
 from shared.runtime.sections import CommonConfig
+from shared.runtime.signals import leave_at_sigterm, stop_on_signals, unless_stopped
 from shared.wire.subjects import Subjects
 from shared.wire.telemetry import Lease
 
@@ -76,10 +76,10 @@ async def annotate(bus: Bus, kube: Kube, selector: str, *, interval_s: float, ex
 async def _run(common: CommonConfig, kube: Kube, selector: str, interval_s: float) -> None:
     log = Log("operator", "deletion-costs")
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    bus = await connect(common.bus, Subjects(common.run.name), "costs", log)
+    stop_on_signals(stop, lambda name: log.info("stopping", signal=name))
+    bus = await unless_stopped(stop, connect(common.bus, Subjects(common.run.name), "costs", log))
+    if bus is None:
+        return
     try:
         await annotate(
             bus, kube, selector, interval_s=interval_s,
@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--selector", required=True, help="labels of the rollout pods")
     parser.add_argument("--interval", type=float, default=5.0, metavar="S")
     arguments = parser.parse_args(argv)
+    leave_at_sigterm()  # until the loop runs
     logs.configure("INFO")
     try:
         common = read(arguments.config).common()

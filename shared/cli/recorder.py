@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from shared.cli.config_cmd import read
 from shared.runtime import logs
 from shared.runtime.errors import BusUnavailable, ConfigError, RuntimeFault
 from shared.runtime.logs import Log
-from shared.runtime.nats_bus import connect
+from shared.runtime.nats_bus import NatsBus, connect
 from shared.runtime.sections import CommonConfig
+from shared.runtime.signals import leave_at_sigterm, stop_on_signals, unless_stopped
 from shared.wire.subjects import Subjects
 
 _STREAMS_BOUND_S = 60.0
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shared.cli.recorder")
     parser.add_argument("--config", type=Path, required=True)
     arguments = parser.parse_args(argv)
+    leave_at_sigterm()  # until the loop runs
     log = Log("recorder", "recorder")
     try:
         common = read(arguments.config).common()
@@ -44,14 +45,13 @@ async def _record(common: CommonConfig, log: Log) -> int:
     from shared.cli.recording import Recording  # torch: only to run
 
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop_on_signals(stop, lambda name: log.info("stopping", signal=name))
     try:
-        bus = await connect(common.bus, Subjects(common.run.name), "recorder", log)
-        await bus.wait_for_streams(_STREAMS_BOUND_S)
+        bus = await unless_stopped(stop, _connected(common, log))
     except BusUnavailable as error:
         raise ConfigError(str(error)) from error
+    if bus is None:
+        return 0
     failures: list[str] = []
     try:
         await Recording(bus, archive_dir(Path(common.run.dir)), log, common.weights).run(stop)
@@ -62,6 +62,12 @@ async def _record(common: CommonConfig, log: Log) -> int:
     if failures:
         log.error("recorder_failed", reason="; ".join(failures))
     return 1 if failures else 0
+
+
+async def _connected(common: CommonConfig, log: Log) -> NatsBus:
+    bus = await connect(common.bus, Subjects(common.run.name), "recorder", log)
+    await bus.wait_for_streams(_STREAMS_BOUND_S)
+    return bus
 
 
 if __name__ == "__main__":

@@ -60,6 +60,9 @@ def _rules() -> list[Schema]:
               (("monitoring", "prometheusRule", "enabled"), {"const": True})),
         _when(("autoscaling", "mode"), ["keda"],
               (("autoscaling", "prometheusAddress"), {"minLength": 1})),
+        _when(("huggingface", "offline"), [True], (("modelCache", "claim"), {"minLength": 1})),
+        _when(("learner", "nodes"), {"minimum": 2},
+              (("learner", "storage", "existingClaim"), {"minLength": 1})),
         _when(("nats", "enabled"), [False], (("nats", "external", "url"), {"minLength": 1})),
         _when(("nats", "enabled"), [True], (("nats", "external", "url"), {"maxLength": 0})),
         _when(("nats", "external", "auth"), ["password", "creds"],
@@ -70,11 +73,12 @@ def _rules() -> list[Schema]:
 
 def _when(
     path: tuple[str, ...],
-    values: list[Any],
+    is_so: list[Any] | Schema,
     *then: tuple[tuple[str, ...], Schema],
     also: tuple[tuple[str, ...], list[Any]] | None = None,
 ) -> Schema:
-    conditions = [_at(path, {"enum": values}, required=True)]
+    rule = {"enum": is_so} if isinstance(is_so, list) else is_so
+    conditions = [_at(path, rule, required=True)]
     if also is not None:
         conditions.append(_at(also[0], {"enum": also[1]}, required=True))
     return {"if": {"allOf": conditions}, "then": {"allOf": [_at(p, rule) for p, rule in then]}}

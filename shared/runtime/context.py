@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from shared.runtime.bus import Bus
 from shared.runtime.logs import Log
+from shared.runtime.signals import unless_stopped
 from shared.wire.telemetry import Lease, Role
 
 
@@ -69,6 +70,19 @@ class Context:
         """Announce the policy version held, at once."""
         self.version = version
         self.lease_due.set()
+
+    async def streams_exist(self, timeout_s: float) -> bool:
+        """Wait until the learner has created the streams; False when the stop signal came first.
+
+        Raises:
+            BusUnavailable: they do not exist after `timeout_s`, or the bus does not answer.
+        """
+
+        async def wait() -> bool:
+            await self.bus.wait_for_streams(timeout_s)
+            return True
+
+        return await unless_stopped(self.stop, wait()) is not None
 
     @contextmanager
     def busy(self) -> Generator[None, None, None]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared.runtime.errors import ConfigError
+from shared.runtime.signals import leave_at_sigterm
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -125,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--files", choices=("all", "config"), default="all")
     given = parser.parse_args(argv)
+    leave_at_sigterm(143)  # half a download is none: whoever comes next begins anew
     try:
         source = parse(given.source)
         if not isinstance(source, HubSource):

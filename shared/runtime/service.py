@@ -30,6 +30,7 @@ from shared.runtime.logs import Log, configure
 from shared.runtime.nats_bus import connect
 from shared.runtime.options import Options, parse_options, read_config
 from shared.runtime.sections import CommonConfig
+from shared.runtime.signals import leave_at_sigterm, stop_on_signals, unless_stopped
 from shared.wire.codec import encode
 from shared.wire.subjects import Subjects
 from shared.wire.telemetry import Role
@@ -58,6 +59,7 @@ def launch(
     role: Role, config_model: type[C], serve: Serve[C], argv: Sequence[str] | None = None
 ) -> NoReturn:
     """Run a service as this process and exit with its code."""
+    leave_at_sigterm()  # until the loop runs
     configure("INFO")
     options = parse_options(role, sys.argv[1:] if argv is None else argv)
     pod = options.pod or f"{role}-{uuid.uuid4().hex[:6]}"
@@ -132,15 +134,19 @@ async def _run(role: Role, pod: str, config: C, serve: Serve[C], log: Log) -> No
             return health.reason or "starting"
         return "" if holder[0].bus.connected else "no connection to the bus"
 
+    stop = asyncio.Event()
+    stop_on_signals(stop, lambda name: log.info("stopping", signal=name))
     http = HttpServer(telemetry.host, telemetry.port, registry, pulse, ready_problem)
     try:
         log.info("http", host=telemetry.host, port=http.port)
         try:
-            bus = await connect(config.bus, _subjects(config), role, log)
+            bus = await unless_stopped(stop, connect(config.bus, _subjects(config), role, log))
         except BusUnavailable as error:
             raise ConfigError(str(error)) from error
+        if bus is None:
+            return
         try:
-            context = Context(role, pod, uuid.uuid4().hex, bus, log, registry, health)
+            context = Context(role, pod, uuid.uuid4().hex, bus, log, registry, health, stop)
             context.gauges["http_port"] = float(http.port)
             # An alert on its increase must have seen it at 0.
             context.count("dead_letters", 0.0)
@@ -155,13 +161,12 @@ async def _run(role: Role, pod: str, config: C, serve: Serve[C], log: Log) -> No
 
 
 async def run_service(context: Context, config: C, serve: Serve[C], pulse: Pulse) -> None:
-    """Serve with leases, pulse and signals until `serve` returns.
+    """Serve with leases and pulse until `serve` returns.
 
     Raises:
         DrainTimedOut: it did not return within `drain_s` of the stop signal.
         Exception: what `serve` raised, possibly in a group.
     """
-    _stop_on_signals(context)
     telemetry = config.telemetry
     try:
         async with asyncio.TaskGroup() as group:
@@ -212,20 +217,6 @@ async def _renew_lease(context: Context, interval_s: float) -> None:
 async def _send_lease(context: Context) -> None:
     subject = context.bus.subjects.lease(context.role, context.pod)
     await context.bus.publish(subject, encode(context.lease(os.getpid())))
-
-
-def _stop_on_signals(context: Context) -> None:
-    """First signal: drain. Second: out, at once."""
-
-    def stop(number: int) -> None:
-        if context.stop.is_set():
-            os._exit(128 + number)
-        context.log.info("stopping", signal=signal.Signals(number).name)
-        context.stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
 
 
 def _load(options: Options, config_model: type[C], pod: str, log: Log) -> C:

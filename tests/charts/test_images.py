@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.charts.rendering import ROOT, pod_spec, render, with_pods
 
@@ -73,9 +75,44 @@ def test_an_image_installs_its_services_extra_from_the_lock_and_no_more(service:
     assert "pytest" not in wanted
 
 
+def test_every_image_whose_pod_fetches_a_model_can_fetch_one(tmp_path: Path):
+    objects = render({"config": {"model": {"source": "hf://org/name@abc"}}})
+    fetchers = {
+        re.search(r"/lagwise-([a-z-]+):", container["image"])[1]  # type: ignore[index]
+        for item in with_pods(objects)
+        for container in pod_spec(item).get("initContainers", [])
+        if container["name"] == "fetch-model"
+    }
+    assert fetchers == set(SERVICES) - {"operator"}
+    for service in fetchers:
+        assert "huggingface_hub==" in pip_calls(service, tmp_path)[1], service
+
+
 def test_a_cuda_variant_takes_torch_from_its_own_index(tmp_path: Path):
-    calls, _ = pip_calls("rollout", tmp_path, torch="cu128")
-    assert "--index-url https://index.example.com/cu128 torch==2.13.0+cu128" in calls
+    calls, wanted = pip_calls("rollout", tmp_path, torch="cu130")
+    assert "--index-url https://index.example.com/cu130 torch==2.13.0+cu130" in calls
+    assert "--constraint constraints-cuda.txt --requirement" in calls
+    assert "vllm==0.32.0" in wanted
+
+
+def locked(path: str) -> dict[str, str]:
+    lines = (ROOT / path).read_text().splitlines()
+    pins = (line.partition(";")[0].split("==") for line in lines if "==" in line and line[0] != "#")
+    return {canonicalize_name(name): version.strip() for name, version in pins}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("torch", ["cpu", "cu130"])
+def test_the_lock_of_an_image_has_a_version_that_its_extras_accept(
+    service: str, torch: str, tmp_path: Path
+):
+    calls, wanted = pip_calls(service, tmp_path, torch)
+    [lock] = re.findall(r"--constraint (\S+) --requirement", calls)
+    pins = locked(lock)
+    for line in wanted.splitlines():
+        requirement = Requirement(line)
+        version = pins[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), (lock, line, version)
 
 
 def test_an_unknown_service_is_refused_by_name():
@@ -98,7 +135,7 @@ def test_every_pinned_extra_of_an_image_is_in_the_lock():
         if "==" in line
     }
     text = (ROOT / "pyproject.toml").read_text()
-    for extra in ("kube", "nkeys", "s3", "torch", "learner", "env-agents"):
+    for extra in ("kube", "nkeys", "hub", "s3", "torch", "learner", "env-agents"):
         block = re.search(rf"(?m)^{extra} = \[(.*?)\]", text, re.DOTALL)
         assert block
         for name in re.findall(r'"([A-Za-z0-9_.-]+)==', block[1]):
@@ -113,10 +150,30 @@ def test_the_image_runs_as_the_charts_user_without_root_and_takes_signals():
     assert re.search(r"ARG BASE_IMAGE=\S+:\d+\.\d+\.\d+", text)
 
 
+def command(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_a_docker_without_its_daemon_leaves_the_work_to_podman(tmp_path: Path):
+    command(tmp_path / "docker", 'echo "Cannot connect to the Docker daemon" >&2; exit 1')
+    command(tmp_path / "podman", f'echo "$1" >>{tmp_path}/podman-calls')
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SERVICES": "operator"}
+    done = subprocess.run(
+        ["scripts/images.sh", "build"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "podman-calls").read_text().split() == ["info", "build"]
+    command(tmp_path / "podman", "exit 125")
+    done = subprocess.run(
+        ["scripts/images.sh", "build"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "podman info" in done.stderr
+
+
 def test_pushing_needs_a_registry_and_refuses_latest(tmp_path: Path):
-    engine = tmp_path / "docker"
-    engine.write_text("#!/bin/sh\nexit 0\n")
-    engine.chmod(0o755)
+    command(tmp_path / "docker", "exit 0")
     clean = {k: v for k, v in os.environ.items() if k not in ("REGISTRY", "TAG")}
     environment = {**clean, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     for extra, said in (

@@ -76,6 +76,14 @@ BAD: dict[str, tuple[Object, str]] = {
         {"rollout": {"image": {"digest": "sha256:abc"}}},
         "/rollout/image/digest",
     ),
+    "several nodes without a claim that all can write": (
+        {"learner": {"nodes": 2}},
+        "/learner/storage/existingClaim",
+    ),
+    "offline without anything to read from": (
+        {"huggingface": {"offline": True}},
+        "/modelCache/claim",
+    ),
     "a size without sense": ({"learner": {"storage": {"size": "fifty"}}}, "/learner/storage/size"),
 }
 
@@ -111,5 +119,25 @@ def test_a_grace_period_within_the_drain_is_refused():
     assert "drain_s" in said
 
 
-def test_several_nodes_without_a_claim_are_refused():
-    assert "learner.storage.existingClaim" in render_fails({"learner": {"nodes": 2}})
+def test_an_engine_over_other_than_the_pods_gpus_is_refused():
+    said = render_fails(
+        {"rollout": {"gpu": {"count": 4}}, "config": {"rollout": {"engine": "vllm"}}}
+    )
+    assert "config.rollout.vllm.tensor_parallel_size 1" in said
+    assert "rollout.gpu.count 4" in said
+
+
+@pytest.mark.parametrize("mode", ["hpa", "keda"])
+def test_an_autoscaler_whose_least_exceeds_its_most_is_refused(mode: str):
+    said = render_fails(
+        {
+            "autoscaling": {
+                "mode": mode,
+                "prometheusAddress": "http://p",
+                "env_agents": {"min": 9},
+            },
+            "monitoring": {"prometheusRule": {"enabled": True}},
+        }
+    )
+    assert "autoscaling.env_agents.min 9" in said
+    assert "max 8" in said

@@ -111,11 +111,11 @@ VARIANTS: dict[str, Object] = {
         "huggingface": {
             "tokenSecret": {"name": "hf"},
             "endpoint": "https://mirror",
-            "offline": True,
         },
     },
     "hub, shared cache": {
         "config": {"model": {"source": "hf://org/name@abc123"}},
+        "huggingface": {"offline": True},
         "modelCache": {"claim": "models"},
     },
     "claim": {"config": {"model": {"source": "pvc://models/qwen/4b"}}},
@@ -217,7 +217,9 @@ def test_selectors_tell_releases_and_roles_apart():
         selectors: list[tuple[str, str, dict]] = []
         for release in ("a", "b"):
             for item in render(VARIANTS[variant], release=release):
-                if item["kind"] in ("Deployment", "StatefulSet"):
+                if item["kind"] == "Pod":
+                    pods.append((release, component_of(item), item["metadata"]["labels"]))
+                elif item["kind"] in ("Deployment", "StatefulSet"):
                     labels = item["spec"]["template"]["metadata"]["labels"]
                     pods.append((release, component_of(item), labels))
                     selectors.append(
@@ -488,7 +490,7 @@ def test_each_role_mounts_its_own_bus_secret_and_no_other():
 def test_a_policy_per_role_lets_through_the_bus_and_scraping_only():
     objects = rendered("defaults")
     policies = {component_of(o): o["spec"] for o in of_kind(objects, "NetworkPolicy")}
-    assert policies.keys() == {"learner", "rollout", "env-agents", "logit-oracle", "nats"}
+    assert policies.keys() == {"learner", "rollout", "env-agents", "logit-oracle", "nats", "check"}
     for role, spec in policies.items():
         assert set(spec["policyTypes"]) == {"Ingress", "Egress"}
         ports = {p["port"] for r in spec["egress"] for p in r["ports"]}
@@ -500,6 +502,20 @@ def test_a_policy_per_role_lets_through_the_bus_and_scraping_only():
     bus = of_kind(rendered("external bus"), "NetworkPolicy", "rollout")
     assert {p["port"] for r in bus[0]["spec"]["egress"] for p in r["ports"]} == {53, 4443}
     assert of_kind(rendered("bare"), "NetworkPolicy") == []
+
+
+# --- helm test
+@pytest.mark.parametrize(
+    ("example", "roles"),
+    [
+        ("frozen_lake/values", "learner,rollout,env_agents,logit_oracle"),
+        ("fixed_async_offpolicy/snapshot_old", "learner,rollout,env_agents"),
+    ],
+)
+def test_helm_test_waits_for_the_roles_that_have_pods(example: str, roles: str):
+    pod = of_kind(render({}, ROOT / f"examples/{example}.yaml"), "Pod")[0]
+    arguments = pod_spec(pod)["containers"][0]["args"]
+    assert arguments[arguments.index("--roles") + 1] == roles
 
 
 # --- model sources
@@ -521,10 +537,35 @@ def test_a_hub_model_is_fetched_once_before_the_service_and_read_from_the_folder
             "name": "hf",
             "key": "token",
         }
-        assert environment["HF_HUB_OFFLINE"]["value"] == "1"
+        assert environment["HF_ENDPOINT"]["value"] == "https://mirror"
+        assert "HF_HUB_OFFLINE" not in environment
         main = {e["name"]: e for e in pod_spec(item)["containers"][0]["env"]}
         assert "HF_TOKEN" not in main
         assert main["HF_HUB_OFFLINE"]["value"] == "1"
+
+
+def test_offline_the_fetcher_reads_the_shared_cache_and_opens_no_way_out():
+    objects = rendered("hub, shared cache")
+    for item in with_pods(objects):
+        if component_of(item) in ("nats", "check"):
+            continue
+        fetch = pod_spec(item)["initContainers"][0]
+        assert {"name": "HF_HUB_OFFLINE", "value": "1"} in fetch["env"]
+        volume = next(v for v in pod_spec(item)["volumes"] if v["name"] == "models")
+        assert volume["persistentVolumeClaim"] == {"claimName": "models"}
+    for policy in of_kind(objects, "NetworkPolicy"):
+        assert 443 not in {p["port"] for r in policy["spec"]["egress"] for p in r["ports"]}
+
+
+def test_the_annotator_can_be_told_what_every_pod_can():
+    extra = {
+        key: PLACED["rollout"][key] for key in ("extraEnv", "extraVolumes", "extraVolumeMounts")
+    }
+    values = {"deletionCost": {"enabled": True, **extra}}
+    spec = pod_spec(of_kind(render(values), "Deployment", "operator")[0])
+    assert extra["extraEnv"][0] in spec["containers"][0]["env"]
+    assert extra["extraVolumeMounts"][0] in spec["containers"][0]["volumeMounts"]
+    assert extra["extraVolumes"][0] in spec["volumes"]
 
 
 def test_a_claim_is_mounted_read_only_and_fetched_by_nobody():

@@ -10,16 +10,23 @@ import pytest
 import yaml
 
 from tests.charts.prometheus import rules
-from tests.charts.rendering import NAMESPACE, RELEASE, ROOT, tool
+from tests.charts.rendering import NAMESPACE, RELEASE, ROOT, of_kind, render, tool
 
 pytestmark = pytest.mark.chart
 
 WHO = f'release="{RELEASE}",namespace="{NAMESPACE}"'
 LABELS = f'namespace="{NAMESPACE}", release="{RELEASE}"'
 
+ALL_READY = {
+    'lagwise_learner_ready{component="learner"}': "1x200",
+    'lagwise_rollout_ready{component="rollout"}': "1x200",
+    'lagwise_env_agents_ready{component="env-agents"}': "1x200",
+    'lagwise_logit_oracle_ready{component="logit-oracle"}': "1x200",
+}
 TRAINING = {"lagwise_learner_policy_version": "3x200", "lagwise_learner_target_version": "100x200"}
 ALERTS: dict[str, tuple[dict[str, str], dict[str, str], float, float]] = {
-    # name: series while in trouble that then ends, labels it adds, minute in trouble, minute after
+    # name (and which of its cases): series while in trouble that then ends, labels it adds,
+    # minute in trouble, minute after
     "LagwiseStalenessAtBound": (
         {
             "lagwise_learner_step_staleness_mean": "3.9x80 2x80",
@@ -89,8 +96,9 @@ ALERTS: dict[str, tuple[dict[str, str], dict[str, str], float, float]] = {
         6,
         30,
     ),
-    "LagwiseServiceDown": (
+    "LagwiseServiceDown of pods that answer": (
         {
+            **{k: v for k, v in ALL_READY.items() if "oracle" not in k},
             'lagwise_logit_oracle_ready{component="logit-oracle",pod="a"}': "0x80 1x40",
             'lagwise_logit_oracle_ready{component="logit-oracle",pod="b"}': "0x120",
         },
@@ -98,6 +106,16 @@ ALERTS: dict[str, tuple[dict[str, str], dict[str, str], float, float]] = {
         15,
         25,
     ),
+    **{
+        # minutes 0-5 there, then nobody answers until minute 25
+        f"LagwiseServiceDown of a {component} that is gone": (
+            {k: "1x20 _x80 1x60" if component in k else v for k, v in ALL_READY.items()},
+            {"component": component},
+            23,
+            30,
+        )
+        for component in ("learner", "rollout", "env-agents", "logit-oracle")
+    },
 }
 
 
@@ -135,9 +153,10 @@ def test_the_signal_is_what_the_cases_worked_by_hand_say(tmp_path: Path):
     promtool("test", "rules", str(tmp_path / "cases.yaml"))
 
 
-def case(alert: str, folder: Path, *, swap: bool = False) -> Path:
+def case(name: str, folder: Path, *, swap: bool = False) -> Path:
     """A promtool test in which the alert fires and resolves; `swap` expects the opposite."""
-    given, added, bad_minute, good_minute = ALERTS[alert]
+    given, added, bad_minute, good_minute = ALERTS[name]
+    alert = name.split()[0]
     if swap:
         bad_minute, good_minute = good_minute, bad_minute
     rule = defined()[alert]
@@ -171,9 +190,9 @@ def case(alert: str, folder: Path, *, swap: bool = False) -> Path:
     return path
 
 
-@pytest.mark.parametrize("alert", ALERTS)
-def test_the_alert_fires_and_resolves(alert: str, tmp_path: Path):
-    promtool("test", "rules", str(case(alert, tmp_path)))
+@pytest.mark.parametrize("name", ALERTS)
+def test_the_alert_fires_and_resolves(name: str, tmp_path: Path):
+    promtool("test", "rules", str(case(name, tmp_path)))
 
 
 def test_the_alert_tests_can_fail(tmp_path: Path):
@@ -181,8 +200,27 @@ def test_the_alert_tests_can_fail(tmp_path: Path):
         promtool("test", "rules", str(case("LagwiseStreamFull", tmp_path, swap=True)))
 
 
+def test_a_role_that_is_meant_to_have_no_pods_is_not_missed():
+    without = {"monitoring": {"prometheusRule": {"enabled": True}}, "logit_oracle": {"replicas": 0}}
+    expr = {
+        name: next(
+            rule["expr"]
+            for group in of_kind(render(values), "PrometheusRule")[0]["spec"]["groups"]
+            for rule in group["rules"]
+            if rule.get("alert") == "LagwiseServiceDown"
+        )
+        for name, values in (
+            ("none", without),
+            ("scaled", {**without, "autoscaling": {"mode": "external"}, "logit_oracle": {}}),
+        )
+    }
+    assert "absent(lagwise_logit_oracle_ready" not in expr["none"]
+    assert expr["none"].count("absent(") == 3
+    assert expr["scaled"].count("absent(") == 4
+
+
 def test_every_alert_has_a_case_and_an_entry_in_the_runbook():
-    assert defined().keys() == ALERTS.keys()
+    assert defined().keys() == {name.split()[0] for name in ALERTS}
     runbook = (ROOT / "docs/operations.md").read_text()
     for name, rule in defined().items():
         assert f"### {name}\n" in runbook

@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from services.learner.config import LearnerConfig
+from services.rollout.config import RolloutConfig
 from shared.cli.config_cmd import read, validate
 from shared.runtime.model_source import HubSource, parse
 from shared.weights.layouts import check_cover
@@ -75,6 +76,22 @@ def test_the_gpus_of_the_example_hold_what_the_formulas_say(name: str):
     claim = tree["learner"]["storage"].get("size")
     if claim:
         assert 3 * 14 * size < int(claim.removesuffix("Gi")) * 2**30
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_rollouts_of_the_example_use_their_gpus_and_have_memory_for_two_copies(name: str):
+    """One copy in /dev/shm for the engine's workers, one that the follower patches."""
+    tree = yaml.safe_load((ROOT / f"examples/{name}.yaml").read_text())
+    rollout = validate(read(ROOT / f"examples/{name}.yaml"))["rollout"]
+    assert isinstance(rollout, RolloutConfig)
+    assert rollout.rollout.engine == "vllm", "the torch engine computes on CPUs"
+    assert rollout.rollout.vllm.tensor_parallel_size == tree["rollout"]["gpu"]["count"]
+    weights = num_parameters(build(name)) * 2
+    shm = int(tree["rollout"]["shmSize"].removesuffix("Gi")) * 2**30
+    memory = tree["rollout"]["resources"]
+    assert shm > 1.1 * weights
+    for bound in (memory["requests"], memory["limits"]):
+        assert int(bound["memory"].removesuffix("Gi")) * 2**30 > shm + weights + 8e9
 
 
 def test_the_table_in_the_docs_is_this_arithmetic():

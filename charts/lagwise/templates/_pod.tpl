@@ -249,6 +249,13 @@ priorityClassName: {{ . }}
 {{- define "lagwise.resources" -}}
 {{- $values := index .root.Values .role -}}
 {{- $resources := deepCopy ($values.resources | default dict) -}}
+{{- if eq .role "rollout" -}}
+{{- $engine := ((.root.Values.config | default dict).rollout | default dict) -}}
+{{- $ranks := int (($engine.vllm | default dict).tensor_parallel_size | default 1) -}}
+{{- if and (eq ($engine.engine | default "torch") "vllm") (gt (int $values.gpu.count) 0) (ne $ranks (int $values.gpu.count)) -}}
+{{- fail (printf "config.rollout.vllm.tensor_parallel_size %d: a rollout has rollout.gpu.count %d GPUs" $ranks (int $values.gpu.count)) -}}
+{{- end -}}
+{{- end -}}
 {{- if gt (int $values.gpu.count) 0 -}}
 {{- $gpu := dict $values.gpu.resource (int $values.gpu.count) -}}
 {{- $resources = mergeOverwrite $resources (dict "limits" $gpu "requests" (deepCopy $gpu)) -}}

@@ -33,6 +33,11 @@ containers:
             fieldPath: metadata.namespace
       {{- include "lagwise.cacheEnv" . | nindent 6 }}
       {{- include "lagwise.busEnv" (dict "root" .root "account" "operator") | nindent 6 }}
+      {{- if .token }}
+      {{- with $values.extraEnv }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+      {{- end }}
     resources:
       {{- if .token }}
       {{- $values.resources | default dict | toYaml | nindent 6 }}
@@ -48,6 +53,11 @@ containers:
         mountPath: /etc/lagwise
         readOnly: true
       {{- include "lagwise.busMounts" (dict "root" .root "account" "operator") | nindent 6 }}
+      {{- if .token }}
+      {{- with $values.extraVolumeMounts }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+      {{- end }}
 volumes:
   - name: tmp
     emptyDir: {}
@@ -55,4 +65,9 @@ volumes:
     configMap:
       name: {{ include "lagwise.objectName" (dict "root" .root "role" "config") }}
   {{- include "lagwise.busVolumes" (dict "root" .root "accounts" (list "operator")) | nindent 2 }}
+  {{- if .token }}
+  {{- with $values.extraVolumes }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- end }}
 {{- end -}}

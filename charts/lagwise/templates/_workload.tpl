@@ -5,6 +5,12 @@
 {{- eq .Values.autoscaling.mode "none" | ternary "true" "" -}}
 {{- end -}}
 
+{{/* Whether a role is meant to have no pod at all: routes that score without oracles. */}}
+{{- define "lagwise.isNone" -}}
+{{- $replicas := (index .root.Values .role).replicas -}}
+{{- if and (include "lagwise.fixedReplicas" .root) (not (kindIs "invalid" $replicas)) (eq (int $replicas) 0) -}}true{{- end -}}
+{{- end -}}
+
 {{- define "lagwise.deployment" -}}
 {{- $values := index .root.Values .role -}}
 apiVersion: apps/v1
@@ -79,7 +85,8 @@ spec:
     matchLabels:
       {{- include "lagwise.selectorLabels" . | nindent 6 }}
   policyTypes: [Ingress, Egress]
-  {{- if ne .role "operator" }}
+  {{- $serves := not (has .role (list "operator" "check")) }}
+  {{- if $serves }}
   ingress:
     {{- with $policy.metricsFrom }}
     - from:
@@ -111,7 +118,7 @@ spec:
         - port: {{ include "lagwise.externalNatsPort" .root }}
           protocol: TCP
     {{- end }}
-    {{- if and (ne .role "operator") (hasPrefix "hf://" (include "lagwise.modelSource" .root)) (not .root.Values.huggingface.offline) }}
+    {{- if and $serves (hasPrefix "hf://" (include "lagwise.modelSource" .root)) (not .root.Values.huggingface.offline) }}
     # The model hub, for the init container.
     - ports:
         - port: 443
@@ -154,7 +161,7 @@ spec:
 {{/* The wanted number of pods as an external metric. AverageValue 1: the metric *is* the number. */}}
 {{- define "lagwise.hpa" -}}
 {{- if eq .root.Values.autoscaling.mode "hpa" -}}
-{{- $range := index .root.Values.autoscaling .role -}}
+{{- $range := include "lagwise.scalingRange" . | fromJson -}}
 apiVersion: autoscaling/v2
 kind: HorizontalPodAutoscaler
 metadata:
@@ -182,6 +189,14 @@ spec:
 {{- end -}}
 {{- end -}}
 
+{{- define "lagwise.scalingRange" -}}
+{{- $range := index .root.Values.autoscaling .role -}}
+{{- if gt (int $range.min) (int $range.max) -}}
+{{- fail (printf "autoscaling.%s.min %d: exceeds its max %d" .role (int $range.min) (int $range.max)) -}}
+{{- end -}}
+{{- toJson $range -}}
+{{- end -}}
+
 {{- define "lagwise.scalingBehavior" -}}
 scaleUp:
   stabilizationWindowSeconds: 0
@@ -202,7 +217,7 @@ scaleDown:
 
 {{- define "lagwise.scaledObject" -}}
 {{- if eq .root.Values.autoscaling.mode "keda" -}}
-{{- $range := index .root.Values.autoscaling .role -}}
+{{- $range := include "lagwise.scalingRange" . | fromJson -}}
 apiVersion: keda.sh/v1alpha1
 kind: ScaledObject
 metadata:
