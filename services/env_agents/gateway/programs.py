@@ -56,9 +56,13 @@ class Function:
 
     async def run(self, base_url: str, api_key: str, task: TaskRef) -> dict[str, float]:
         told = task.model_dump(mode="json")
-        if inspect.iscoroutinefunction(self.agent):
-            return rewards_of(await self.agent(base_url, api_key, told))
-        return rewards_of(await asyncio.to_thread(self.agent, base_url, api_key, told))
+        try:
+            if inspect.iscoroutinefunction(self.agent):
+                return rewards_of(await self.agent(base_url, api_key, told))
+            return rewards_of(await asyncio.to_thread(self.agent, base_url, api_key, told))
+        except SystemExit as error:
+            # Out of a task it would end the event loop, and every episode with it.
+            raise RuntimeError(f"the agent called sys.exit({error.code})") from error
 
 
 @dataclass(frozen=True, slots=True)
