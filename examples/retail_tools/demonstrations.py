@@ -6,12 +6,13 @@ import json
 import random
 import re
 
+from vocabulary import CALLED, SAID
+
 from services.env_agents.answer import Answer, Parsed
 from services.env_agents.chat.renderer import ChatRenderer
 from services.env_agents.tasks.retail_tools.environment import RetailTools
 from services.env_agents.tasks.retail_tools.oracle import answers
 from shared.wire.messages import TaskRef
-from vocabulary import CALLED, SAID
 
 MAX_TURNS = 10
 
@@ -52,6 +53,10 @@ async def demonstrate(
     """Play one task; its ids, which of them the policy would write, and the reward.
 
     Args:
+        renderer: of the model directory.
+        task: what is played.
+        options: of the environment.
+        rng: of the blunders.
         noise: share of turns that are blunders.
     """
     env, conversation = RetailTools(options), renderer.conversation()

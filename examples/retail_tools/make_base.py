@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from demonstrations import MAX_TURNS, demonstrate
 from vocabulary import STOP, make_tokenizer
@@ -34,6 +33,7 @@ from services.env_agents.chat.renderer import ChatRenderer
 from services.env_agents.tasks.retail_tools.environment import RetailTools
 from shared.wire.messages import TaskRef
 
+HERE = Path(__file__).resolve().parent
 OPTIONS = {"domains": ["retail_small"], "personalities": ["direct", "terse"]}
 """`task.options` of values.yaml."""
 NOISE = 0.35
@@ -115,9 +115,7 @@ async def warm_up(policy: Qwen3ForCausalLM, renderer: ChatRenderer, seed: int) -
             print(f"warm-up step {step:3d}  loss {loss.item():.4f}", flush=True)
 
 
-def _loss(
-    policy: Qwen3ForCausalLM, rows: list[list[int]], masks: list[list[bool]]
-) -> torch.Tensor:
+def _loss(policy: Qwen3ForCausalLM, rows: list[list[int]], masks: list[list[bool]]) -> torch.Tensor:
     """Return the mean loss of what is written, and of what is read, weighted."""
     longest = max(map(len, rows))
     ids_BT = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

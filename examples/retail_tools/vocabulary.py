@@ -49,8 +49,8 @@ HEARD = (
 READ = (
     '{"user_id": "', '", "status": "', "pending", "delivered", "cancelled", "return requested",
     '", "address": "', '", "items": [{"item_id": "i', '", "product": "', '", "price": ',
-    '}, {"item_id": "i', '}], "total": ', "transferred", "Error: ", "order #W", "malformed tool call",
-    " is ", ", not ",
+    '}, {"item_id": "i', '}], "total": ', "transferred", "Error: ", "order #W",
+    "malformed tool call", " is ", ", not ",
 )  # fmt: skip
 """From tools."""
 

@@ -171,6 +171,7 @@ def passes_lift(
         bodies: of the journal.
         samples: k; a task that was played less often is left out.
         success: a reward from here on is a success.
+        seed: of the bootstrap.
     """
     if samples == 1:
         return None

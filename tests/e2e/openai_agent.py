@@ -1,4 +1,4 @@
-"""One conversation twice: by an agent that was written for the openai SDK, and as an environment."""
+"""One conversation twice: by an agent written for the openai SDK, and as an environment."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""An unmodified openai-SDK agent is trained on over a real bus, and audits like a native episode."""
+"""An unmodified openai-SDK agent is trained on over a real bus, and audits like a native one."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,43 +17,16 @@ from shared.wire.trajectory import Trajectory
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-FIXTURE = ROOT / "tests/env_agents/chat_models/qwen3"
 VERSIONS = 4
 
 
-def chat_model(folder: Path) -> Path:
-    """A random Qwen3 behind the Qwen3 chat fixture's tokenizer and template."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    shutil.copytree(FIXTURE, folder)
-    rows = json.loads((FIXTURE / "config.json").read_text())["vocab_size"]
-    stops = json.loads((FIXTURE / "generation_config.json").read_text())["eos_token_id"]
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=rows,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=1024,
-        initializer_range=0.15,
-        bos_token_id=None,
-        eos_token_id=stops,
-        dtype="float32",
-    )
-    policy = Qwen3ForCausalLM(config)
-    policy.generation_config.eos_token_id = stops
-    policy.save_pretrained(folder)
-    return folder
-
-
 def values(folder: Path, environment: str, options: dict[str, str]) -> Path:
+    model = folder / "model"
+    script = ROOT / "examples/tiny_chat/make_model.py"
+    subprocess.run([sys.executable, str(script), "--out", str(model)], check=True)
     config = {
         "run": {"name": "agent", "seed": 0},
-        "model": {"source": str(chat_model(folder / "model"))},
+        "model": {"source": str(model)},
         "task": {
             "dataset": "stock",
             "environment": environment,
