@@ -36,13 +36,13 @@ from shared.wire.messages import TaskRef
 HERE = Path(__file__).resolve().parent
 OPTIONS = {"domains": ["retail_small"], "personalities": ["direct", "terse"]}
 """`task.options` of values.yaml."""
-NOISE = 0.35
-STEPS = 500
+NOISE = 0.45
+STEPS = 360
 DEMONSTRATIONS = 32
 LONGEST = 128
 """Tokens of a demonstration that are trained on; few are longer."""
-LEARNING_RATE = 6e-3
-READ_WEIGHT = 0.3
+LEARNING_RATE = 8e-3
+READ_WEIGHT = 1.0
 """Of the loss on what the policy only reads: tools repeat what the user said, so that it learns
 to copy ids a good deal earlier."""
 MAX_ANSWER = 12
