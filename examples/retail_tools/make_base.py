@@ -36,8 +36,8 @@ from shared.wire.messages import TaskRef
 HERE = Path(__file__).resolve().parent
 OPTIONS = {"domains": ["retail_small"], "personalities": ["direct", "terse"]}
 """`task.options` of values.yaml."""
-NOISE = 0.45
-STEPS = 360
+NOISE = 0.35
+STEPS = 440
 DEMONSTRATIONS = 32
 LONGEST = 128
 """Tokens of a demonstration that are trained on; few are longer."""
