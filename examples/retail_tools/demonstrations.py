@@ -28,22 +28,25 @@ def text_of(parsed: Parsed) -> str:
 
 
 def blunder(rng: random.Random, seen: str) -> str:
-    """Return an answer of the right form that is probably wrong here."""
-    order = rng.choice(re.findall(r"#W(\d\d)", seen) or [f"{rng.randint(10, 99)}"])
-    item = rng.choice(re.findall(r'"i(\d\d)"', seen) or [f"{rng.randint(10, 99)}"])
-    match rng.randrange(6):
-        case 0:
-            return rng.choice(SAID[:6])
-        case 1:
-            return f"{CALLED[0]}{order}{CALLED[5]}"
-        case 2:
-            return f"{CALLED[1]}{order}{rng.choice(CALLED[6:8])}"
-        case 3:
-            return f"{CALLED[2]}{order}{CALLED[8]}{item}{rng.choice(CALLED[9:11])}"
-        case 4:
-            return rng.choice(CALLED[3:5])
-        case _:
-            return f"{rng.randint(20, 180)}{SAID[6]}"
+    """Return an answer of the right form that is probably wrong here.
+
+    Ids and numbers are some that were seen: a price for the total, the other item. Made-up ones
+    would teach to make them up.
+    """
+    orders = re.findall(r"#W(\d\d)", seen)
+    items = re.findall(r'"i(\d\d)"', seen)
+    numbers = re.findall(r'"(?:price|total)": (\d+)', seen)
+    possible = [rng.choice(SAID[:6]), rng.choice(CALLED[3:5])]
+    if orders:
+        order = rng.choice(orders)
+        possible.append(f"{CALLED[0]}{order}{CALLED[5]}")
+        possible.append(f"{CALLED[1]}{order}{rng.choice(CALLED[6:8])}")
+        if items:
+            head, tail = f"{CALLED[2]}{order}{CALLED[8]}", rng.choice(CALLED[9:11])
+            possible.append(f"{head}{rng.choice(items)}{tail}")
+    if numbers:
+        possible.append(f"{rng.choice(numbers)}{SAID[6]}")
+    return rng.choice(possible)
 
 
 async def demonstrate(
