@@ -45,7 +45,7 @@ def blunder(rng: random.Random, seen: str) -> str:
             head, tail = f"{CALLED[2]}{order}{CALLED[8]}", rng.choice(CALLED[9:11])
             possible.append(f"{head}{rng.choice(items)}{tail}")
     if numbers:
-        possible.append(f"{rng.choice(numbers)}{SAID[6]}")
+        possible.append(f"{SAID[6]}{rng.choice(numbers)}{SAID[7]}")
     return rng.choice(possible)
 
 
@@ -67,6 +67,8 @@ async def demonstrate(
     written = [False] * len(ids)
     assert env.scenario is not None
     right = [text_of(parsed) for parsed in answers(env.scenario)]
+    if env.scenario.want.required:
+        right[-1] = f"{SAID[6]}{right[-1]}"
     seen = ""
     for _ in range(MAX_TURNS):
         seen = renderer.tokenizer.decode(ids)

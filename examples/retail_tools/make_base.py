@@ -178,6 +178,7 @@ async def main(folder: Path, seed: int) -> int:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     started = time.perf_counter()
+    (folder / "config.json").unlink(missing_ok=True)  # of an earlier vocabulary
     renderer = describe(folder)
     stop_id = renderer.stop_ids[0]
     policy = make_policy(stop_id + 4, stop_id)

@@ -20,7 +20,7 @@ SAID = (
     "Could you tell me the user id, please?", "Could you tell me the order, please?",
     "Could you tell me the reason, please?", "Could you tell me the refund, please?",
     "I will take care of it. Shall I go ahead?", "It is done. Is there anything else?",
-    ". Is there anything else?",
+    "It is ", ". Is there anything else?",
 )  # fmt: skip
 """By the policy."""
 
