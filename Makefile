@@ -22,13 +22,15 @@ VLLM_VENV ?= .venv-vllm
 VLLM := $(VLLM_VENV)/.installed
 VLLM_BASE := runs/base-vllm
 ENGINE ?= torch
+TASK ?= frozen_lake
+RETAIL_BASE := runs/base-retail_tools
 CHART := $(VENV)/.installed-chart
 TOOLS := .tools/.ready
 RELEASE_NAME ?= lagwise-test
 NAMESPACE ?= lagwise-test
 
 .PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean \
-	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm images push test-images test-cluster bench-envs test-envs test-agents fidelity
+	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm demo-frozen_lake demo-retail_tools images push test-images test-cluster bench-envs test-envs test-agents fidelity
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -51,7 +53,17 @@ $(VLLM): pyproject.toml constraints-vllm.txt scripts/install.sh
 	@PYTHON=$(PYTHON) scripts/install.sh $(VLLM_VENV) rollout-cpu
 	@touch $@
 
-demo: demo-$(ENGINE) ## train a small policy over real services, kill one, audit (SEED=0, ENGINE=torch|vllm)
+demo: demo-$(TASK) ## train a small policy over real services, kill one, audit (SEED=0, TASK=frozen_lake|retail_tools, ENGINE=torch|vllm)
+
+demo-frozen_lake: demo-$(ENGINE)
+
+# The base is made once, within the demo's ten minutes, and depends on what it is made of.
+$(RETAIL_BASE)/config.json: $(wildcard examples/retail_tools/*.py) examples/retail_tools/chat_template.jinja | $(DEMO)
+	$(RUN) $(BIN)/python examples/retail_tools/make_base.py --out $(RETAIL_BASE)
+
+demo-retail_tools: $(DEMO) $(RETAIL_BASE)/config.json
+	$(BIN)/lagwise demo --config examples/retail_tools/values.yaml --run-dir runs/demo-retail_tools \
+		--seed $(SEED) $(DEMO_ARGS)
 
 demo-torch: $(DEMO)
 	$(BIN)/lagwise demo --seed $(SEED)

@@ -10,7 +10,7 @@ from services.env_agents import loading
 from services.env_agents.config import EnvAgentsConfig
 from services.env_agents.environment import Environment
 from services.env_agents.isolation.cells import Cells
-from services.env_agents.isolation.isolated import IsolatedEnvironment
+from services.env_agents.isolation.isolated import IsolatedAgent, IsolatedEnvironment
 from shared.runtime.context import Context
 
 MakeEnvironment = Callable[[], Environment]
@@ -31,7 +31,8 @@ async def hosted(context: Context, config: EnvAgentsConfig) -> AsyncGenerator[Ma
         return
     cells = Cells(context, config.task.environment, options, isolation)
     await cells.start()
+    kind = IsolatedAgent if cells.acts else IsolatedEnvironment
     try:
-        yield lambda: cast(Environment, IsolatedEnvironment(cells))
+        yield lambda: cast(Environment, kind(cells))
     finally:
         await cells.stop()

@@ -185,7 +185,7 @@ class Player:
                 raise _EnvironmentFault(_raised(call, error)) from error
             detail = f"{call} took longer than env_timeout_s ({self._env_timeout_s:g} s)"
             raise _EnvironmentFault(EnvFailed("env_timeout", detail)) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _EnvironmentFault(_raised(call, error)) from error
 
     async def _close(self, environment: Environment) -> None:

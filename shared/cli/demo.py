@@ -88,10 +88,8 @@ def conclude(run_dir: Path, facts: Facts, *, audited_tokens: int, out: TextIO) -
 
 def verdict(summary: Mapping[str, Any], page: Path) -> str:
     """Return the last lines of a run."""
-    interval = summary.get("success_lift_ci") or [None, None]
     lines = [
-        f"success {_rate(summary.get('success_base'))} -> {_rate(summary.get('success_final'))}"
-        f" on held-out maps (lift {_interval(interval)}, {summary.get('eval_episodes')} episodes)",
+        _success(summary),
         f"old logits: {_share(summary.get('old_logits_exact_ratio'))} exact; {_audited(summary)}",
         f"staleness mean {_rate(summary.get('staleness_mean'))},"
         f" max {summary.get('staleness_max')}; trajectories:"
@@ -107,6 +105,24 @@ def verdict(summary: Mapping[str, Any], page: Path) -> str:
     problems = [f"  - {problem}" for problem in summary["problems"]]
     head = "OK: it learned, and nothing was lost" if summary["ok"] else "NOT OK:"
     return "\n".join([*lines, head, *problems])
+
+
+def _success(summary: Mapping[str, Any]) -> str:
+    """Return how success rose; with several samples per task as avg@k and pass@k."""
+    k = summary.get("eval_samples", 1)
+    change = f"{_rate(summary.get('success_base'))} -> {_rate(summary.get('success_final'))}"
+    lift = _interval(summary.get("success_lift_ci"))
+    if k == 1:
+        return (
+            f"success {change} on held-out maps"
+            f" (lift {lift}, {summary.get('eval_episodes')} episodes)"
+        )
+    passes = f"{_rate(summary.get('pass_at_k_base'))} -> {_rate(summary.get('pass_at_k_final'))}"
+    return (
+        f"avg@{k} {change} (lift {lift}), pass@{k} {passes}"
+        f" (lift {_interval(summary.get('pass_at_k_lift_ci'))})"
+        f" on {summary.get('eval_episodes')} held-out tasks"
+    )
 
 
 def _audited(summary: Mapping[str, Any]) -> str:
@@ -141,6 +157,5 @@ def _seconds(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.0f} s"
 
 
-def _interval(interval: Sequence[float | None]) -> str:
-    low, high = interval
-    return "-" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
+def _interval(interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}"

@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from shared.algo.pass_at_k import AtK, Figure, at_k
 from shared.cli.records import RunRecords
+from shared.cli.summary import Lift, paired_lift, passes_lift
 from shared.wire.journal import Evaluated
 
 
@@ -45,6 +46,13 @@ def table(records: RunRecords) -> Markup | None:
         )
         for body, figures in shown
     ]
+    bodies = [body for _, body in records.journal]
+    lift = paired_lift(bodies)
+    if lift is not None:
+        success = float(records.setting("learner.eval.success_reward", 1.0))
+        passes = lift if k == 1 else passes_lift(bodies, k, success)
+        tasks = f"{lift.episodes:,}"
+        lines.append(("lift, paired", "", tasks, _lift(lift), _lift(passes), "", ""))
     body = Markup("").join(
         Markup("<tr>{}</tr>").format(
             Markup("").join(Markup("<td>{}</td>").format(cell) for cell in line)
@@ -56,3 +64,7 @@ def table(records: RunRecords) -> Markup | None:
 
 def _written(figure: Figure) -> str:
     return f"{figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
+
+
+def _lift(lift: Lift | None) -> str:
+    return "-" if lift is None else f"{lift.lift:+.3f} [{lift.low:+.3f}, {lift.high:+.3f}]"

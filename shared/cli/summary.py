@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from shared.algo.pass_at_k import pass_at_k
 from shared.cli.archive import archive_dir
 from shared.cli.audit import AuditResult
 from shared.cli.ledger import Ledger, of_run
@@ -63,6 +64,10 @@ def write(run_dir: Path, *, audit: AuditResult | None = None) -> dict[str, Any]:
 def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult | None) -> dict[str, Any]:
     """Return the summary; pure."""
     lift = paired_lift(records.bodies)
+    samples = int(records.setting("learner.eval.samples", 1))
+    passes = passes_lift(
+        records.bodies, samples, float(records.setting("learner.eval.success_reward", 1.0))
+    )
     overlap = num_shared_tasks(records)
     processes = lives(records.leases)
     unsound = [
@@ -93,6 +98,11 @@ def summarise(records: RunRecords, ledger: Ledger, audit: AuditResult | None) ->
         "success_lift": lift.lift if lift else None,
         "success_lift_ci": [lift.low, lift.high] if lift else None,
         "eval_episodes": lift.episodes if lift else 0,
+        "eval_samples": samples,
+        "pass_at_k_base": passes.base if passes else None,
+        "pass_at_k_final": passes.final if passes else None,
+        "pass_at_k_lift": passes.lift if passes else None,
+        "pass_at_k_lift_ci": [passes.low, passes.high] if passes else None,
         "eval_tasks_seen_in_training": overlap,
         "staleness_max": ledger.staleness_max,
         "staleness_mean": ledger.staleness_mean,
@@ -149,18 +159,45 @@ def paired_lift(bodies: Iterable[JournalBody], *, seed: int = 0) -> Lift | None:
     Pairs by task index, samples of one task averaged; the interval is a percentile bootstrap over
     tasks.
     """
-    rewards: dict[str, dict[int, float]] = {}
+    return _paired(bodies, lambda rewards: sum(rewards) / len(rewards), 1, seed)
+
+
+def passes_lift(
+    bodies: Iterable[JournalBody], samples: int, success: float, *, seed: int = 0
+) -> Lift | None:
+    """Return the same for pass@k, k = `samples`; None also where k is 1: then it is success.
+
+    Args:
+        bodies: of the journal.
+        samples: k; a task that was played less often is left out.
+        success: a reward from here on is a success.
+        seed: of the bootstrap.
+    """
+    if samples == 1:
+        return None
+
+    def chance(rewards: list[float]) -> float:
+        return pass_at_k(len(rewards), sum(r >= success for r in rewards), samples)
+
+    return _paired(bodies, chance, samples, seed)
+
+
+def _paired(
+    bodies: Iterable[JournalBody], figure: Callable[[list[float]], float], least: int, seed: int
+) -> Lift | None:
+    """Return the lift of a figure of one task's rewards, over tasks with at least `least`."""
+    figures: dict[str, dict[int, float]] = {}
     for body in bodies:
         if isinstance(body, Evaluated) and body.name in ("base", "final"):
             samples: dict[int, list[float]] = {}
             for index, reward in zip(body.task_indices, body.rewards, strict=True):
                 samples.setdefault(index, []).append(reward)
-            rewards[body.name] = {i: sum(found) / len(found) for i, found in samples.items()}
-    common = sorted(rewards.get("base", {}).keys() & rewards.get("final", {}).keys())
+            figures[body.name] = {i: figure(r) for i, r in samples.items() if len(r) >= least}
+    common = sorted(figures.get("base", {}).keys() & figures.get("final", {}).keys())
     if not common:
         return None
-    base = np.array([rewards["base"][index] for index in common])
-    final = np.array([rewards["final"][index] for index in common])
+    base = np.array([figures["base"][index] for index in common])
+    final = np.array([figures["final"][index] for index in common])
     low, high = bootstrap_mean(final - base, seed=seed)
     return Lift(
         episodes=len(common),

@@ -34,5 +34,18 @@ def test_every_evaluation_is_a_row_with_avg_and_pass_at_k() -> None:
     assert "<td>final</td><td>v9</td><td>1</td><td>1.000 [1.000, 1.000]</td>" in shown
 
 
+def test_the_lift_is_a_row_paired_by_task_with_its_intervals() -> None:
+    tasks = tuple(i for i in range(6) for _ in range(2))
+    base = Evaluated(version=0, name="base", task_indices=tasks, rewards=(0.0,) * 12)
+    final = Evaluated(version=9, name="final", task_indices=tasks, rewards=(1.0, 0.0) * 6)
+    shown = table(records(2, base, final))
+    assert shown is not None
+    assert (
+        "<td>lift, paired</td><td></td><td>6</td>"
+        "<td>+0.500 [+0.500, +0.500]</td><td>+1.000 [+1.000, +1.000]</td>" in shown
+    )
+    assert "lift" not in str(table(records(2, base)))
+
+
 def test_without_evaluations_there_is_no_table() -> None:
     assert table(records(1)) is None

@@ -96,6 +96,23 @@ def test_the_lift_pairs_by_task_and_its_interval_covers_it() -> None:
     assert lift.learned
 
 
+def test_pass_at_k_is_paired_over_the_tasks_that_were_played_k_times() -> None:
+    def played(name: str, samples: dict[int, tuple[float, ...]]) -> Evaluated:
+        pairs = [(index, reward) for index, rewards in samples.items() for reward in rewards]
+        indices, rewards = zip(*pairs, strict=True)
+        version = 0 if name == "base" else 7
+        return Evaluated(version=version, name=name, task_indices=indices, rewards=rewards)  # type: ignore[arg-type]
+
+    base = played("base", {0: (0.0, 0.0), 1: (1.0, 0.0), 2: (0.0, 0.0), 3: (0.0,)})
+    final = played("final", {0: (0.0, 1.0), 1: (1.0, 1.0), 2: (0.0, 0.4), 3: (1.0, 1.0)})
+    lift = summary.passes_lift([base, final], 2, 1.0)
+    assert lift is not None
+    assert (lift.episodes, lift.base, lift.final) == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert lift.lift == pytest.approx(1 / 3)
+    assert summary.passes_lift([base, final], 1, 1.0) is None, "pass@1 is success"
+    assert summary.passes_lift([base], 2, 1.0) is None
+
+
 def test_no_interval_above_zero_means_not_learned() -> None:
     few = summary.paired_lift(
         [evaluated("base", {0: 0.0, 1: 1.0, 2: 0.0}), evaluated("final", {0: 1.0, 1: 1.0, 2: 0.0})]

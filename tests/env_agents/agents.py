@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import openai
@@ -41,6 +42,17 @@ def calculator(base_url: str, api_key: str, task: dict[str, Any]) -> float:
             result = str(arguments["a"] + arguments["b"])
             messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
     return 0.0
+
+
+TOGETHER = threading.Barrier(24)
+
+
+def sociable(base_url: str, api_key: str, task: dict[str, Any]) -> float:
+    """Written for threads; goes on only once 24 of its kind have had an answer."""
+    client = openai.OpenAI(base_url=base_url, api_key=api_key)
+    client.chat.completions.create(model="m", messages=[QUESTION])
+    TOGETHER.wait(15)
+    return 1.0
 
 
 async def streamer(base_url: str, api_key: str, task: dict[str, Any]) -> dict[str, float]:
@@ -130,6 +142,14 @@ async def crasher(base_url: str, api_key: str, task: dict[str, Any]) -> float:
     async with openai.AsyncOpenAI(base_url=base_url, api_key=api_key) as client:
         await client.chat.completions.create(model="m", messages=[QUESTION])
     raise RuntimeError("the agent's own bug")
+
+
+def quitter(base_url: str, api_key: str, task: dict[str, Any]) -> float:
+    """Ends as scripts end."""
+    openai.OpenAI(base_url=base_url, api_key=api_key).chat.completions.create(
+        model="m", messages=[QUESTION]
+    )
+    raise SystemExit(3)
 
 
 def silent(base_url: str, api_key: str, task: dict[str, Any]) -> float:

@@ -15,7 +15,6 @@ import pytest
 from services.env_agents.loading import environment_class
 from services.env_agents.tasks.drawing import EVAL_FIFTH, content_digest, draw
 from services.env_agents.tasks.options import checked, function
-from services.env_agents.tasks.tool_calls import MalformedCall, ToolCall, tool_calls
 from services.env_agents.verifiers import maths
 from services.env_agents.verifiers.verifier import TaskFault
 from shared.runtime.errors import ConfigError
@@ -86,38 +85,6 @@ def test_a_split_that_is_empty_or_unknown_is_named() -> None:
         draw(task(split=empty), lambda _: "only", content_digest)
     with pytest.raises(ValueError, match="not 'test'"):
         draw(task(split="test"), lambda _: "only", content_digest)
-
-
-@pytest.mark.parametrize(
-    ("answer", "calls"),
-    [
-        ("The answer is 5.", []),
-        ('<tool_call>{"name": "a", "arguments": {"b": 1}}</tool_call>', [ToolCall("a", {"b": 1})]),
-        ('<tool_call>{"name": "a"}</tool_call>', [ToolCall("a", {})]),
-        ('<think><tool_call>{"name": "a"}</tool_call></think>no', []),
-        (
-            'x<tool_call>\n{"name": "a"}\n</tool_call>y<tool_call>{"name": "b"}</tool_call>',
-            [ToolCall("a", {}), ToolCall("b", {})],
-        ),
-        ("<tool_call>[1]</tool_call>", [MalformedCall("the tool call is no JSON object")]),
-        ('<tool_call>{"name": 3}</tool_call>', [MalformedCall("the tool call has no `name`")]),
-        (
-            '<tool_call>{"name": "a", "arguments": "{}"}</tool_call>',
-            [MalformedCall("the arguments of a are no JSON object")],
-        ),
-        ('<tool_call>{"name": "a"', [MalformedCall("a <tool_call> without </tool_call>")]),
-    ],
-)
-def test_tool_calls_are_read_as_written(answer: str, calls: list[ToolCall | MalformedCall]) -> None:
-    assert tool_calls(answer) == calls
-
-
-def test_arguments_that_are_no_json_are_malformed_by_position() -> None:
-    (call,) = tool_calls('<tool_call>{"name": "a", }</tool_call>')
-    assert isinstance(call, MalformedCall)
-    assert "line 1 column" in call.problem
-    (deep,) = tool_calls(f"<tool_call>{'[' * 100_000}</tool_call>")
-    assert isinstance(deep, MalformedCall)
 
 
 async def test_a_question_is_asked_and_its_answer_judged() -> None:

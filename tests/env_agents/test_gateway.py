@@ -16,8 +16,10 @@ from services.env_agents.gateway.sessions import Gateway
 from shared.runtime.memory_bus import MemoryBus
 from shared.wire.messages import TaskRef
 from shared.wire.trajectory import Failure, Trajectory
+from tests.env_agents import agents
 from tests.env_agents.chat.conversations import renderer
 from tests.env_agents.chat_rollout import chat_config, chat_ticket, play, scripted
+from tests.env_agents.rollout_stand_in import issue, make_context, serving, terminal
 
 AGENTS = "tests.env_agents.agents"
 ENVIRONMENT = "services.env_agents.gateway.environment:AgentEnvironment"
@@ -113,6 +115,7 @@ async def test_a_stop_string_ends_what_the_agent_reads_and_not_what_is_trained(
     ("agent", "detail"),
     [
         ("crasher", "the agent's own bug"),
+        ("quitter", "the agent called sys.exit(3)"),
         ("silent", "the agent ended without asking its model for anything"),
         ("talkative", "an agent returns its reward"),
     ],
@@ -137,6 +140,22 @@ async def test_an_agent_that_fails_is_a_failure_with_its_reason_and_its_trace_st
     assert events[2]["spans"] == [[5, 0, len(events[2]["token_ids"])]]
     assert events[2]["logprobs"] == [-0.25] * len(events[2]["token_ids"])
     assert detail in events[3]["error"]
+
+
+async def test_many_agents_written_for_threads_play_at_once(bus: MemoryBus) -> None:
+    count = agents.TOGETHER.parties
+    config = chat_config("qwen3", ENVIRONMENT, agent=f"{AGENTS}:sociable")
+    section = config.env_agents.model_copy(update={"concurrency": count})
+    config = config.model_copy(update={"env_agents": section})
+    async with (
+        scripted(bus, "qwen3", lambda prompt: "fine"),
+        serving(make_context(bus.server), config),
+    ):
+        await issue(bus, *(chat_ticket(index) for index in range(count)))
+        ends = [await terminal(bus, f"t{index}", timeout_s=40) for index in range(count)]
+    assert [end.outcome.reward for end in ends if isinstance(end.outcome, Trajectory)] == (
+        [1.0] * count
+    )
 
 
 PROGRAM = """

@@ -13,7 +13,7 @@ import pytest
 from services.env_agents.answer import Answer, Parsed, ToolCall
 from services.env_agents.environment import StepResult
 from services.env_agents.tasks.retail_tools.environment import RetailTools, target
-from services.env_agents.tasks.retail_tools.generator import DOMAINS, draw, split_of, write
+from services.env_agents.tasks.retail_tools.generator import DOMAINS, FULL, draw, split_of, write
 from services.env_agents.tasks.retail_tools.oracle import answers
 from services.env_agents.tasks.retail_tools.scenario import PERSONALITIES, Scenario, state_digest
 from services.env_agents.tasks.retail_tools.user import PATIENCE
@@ -143,6 +143,25 @@ def test_every_domain_has_six_tools_or_more_and_a_policy() -> None:
         assert "confirm" in domain.policy
 
 
+def test_the_reduced_domain_is_drawn_only_by_name_with_its_four_wishes_and_short_ids() -> None:
+    drawn = [draw("train", 5, i, ("retail_small",), ("direct", "terse")) for i in range(80)]
+    last = {s.want.calls[-1][0] for s in drawn}
+    assert last == {"get_order", "cancel_order", "return_items", "transfer_to_human"}
+    ids = {order for s in drawn for order in s.database["orders"]}
+    assert all(len(order) == len("#W12") for order in ids)
+    assert "retail_small" not in FULL
+
+
+def test_an_item_to_return_is_not_always_the_first_of_its_order() -> None:
+    places: set[int] = set()
+    for s in scenarios("retail_small", "direct", 60):
+        name, arguments = s.want.calls[-1]
+        if name == "return_items":
+            items = s.database["orders"][arguments["order_id"]]["items"]
+            places.add([i["item_id"] for i in items].index(arguments["item_ids"][0]))
+    assert places == {0, 1}
+
+
 def test_tasks_are_deterministic_various_and_held_out_by_content(tmp_path: Path) -> None:
     train = [draw("train", 0, i) for i in range(150)]
     draw.cache_clear()
@@ -151,7 +170,7 @@ def test_tasks_are_deterministic_various_and_held_out_by_content(tmp_path: Path)
     assert {split_of(s) for s in train} == {"train"}
     assert {split_of(s) for s in held_out} == {"eval"}
     assert len({s.digest() for s in train + held_out}) == 180
-    assert {(s.domain, s.personality) for s in train} == set(EVERY)
+    assert {(s.domain, s.personality) for s in train} == {e for e in EVERY if e[0] in FULL}
     write(tmp_path, {"train": 5, "eval": 2}, seed=0)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [Scenario.of_row(row) for row in rows] == [

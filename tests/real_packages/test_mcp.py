@@ -59,8 +59,8 @@ BAD_CALLS = [
     (call("divide", a=1, b=0), "Error executing tool divide", "tool_errors"),
     (call("nope"), "Unknown tool: nope", "tool_errors"),
     (call("add", a="x"), "validation error", "tool_errors"),
-    ("<tool_call>{</tool_call>", "Error: the tool call is no JSON", "malformed"),
-    ('<tool_call>{"name": "add"', "without </tool_call>", "malformed"),
+    ("<tool_call>{</tool_call>", "Error: malformed tool call '{'", "malformed"),
+    ('<tool_call>{"name": "add"', "is not closed by </tool_call>", "malformed"),
 ]
 
 

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -56,9 +57,45 @@ class Function:
 
     async def run(self, base_url: str, api_key: str, task: TaskRef) -> dict[str, float]:
         told = task.model_dump(mode="json")
-        if inspect.iscoroutinefunction(self.agent):
-            return rewards_of(await self.agent(base_url, api_key, told))
-        return rewards_of(await asyncio.to_thread(self.agent, base_url, api_key, told))
+        try:
+            if inspect.iscoroutinefunction(self.agent):
+                return rewards_of(await self.agent(base_url, api_key, told))
+            return rewards_of(await _in_thread(self.agent, base_url, api_key, told))
+        except SystemExit as error:
+            # Out of a task it would end the event loop, and every episode with it.
+            raise RuntimeError(f"the agent called sys.exit({error.code})") from error
+
+
+async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a thread of its own; whatever it raises is raised here.
+
+    Not in asyncio's pool: an agent keeps its thread for the whole episode, and a few threads would
+    make the others wait. A daemon: one that hangs must not keep the service from ending.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: object, error: BaseException | None) -> None:
+        if ended.done():
+            return
+        if error is None:
+            ended.set_result(result)
+        else:
+            ended.set_exception(error)
+
+    def work() -> None:
+        result, error = None, None
+        try:
+            result = function(*arguments)
+        except StopIteration as caught:  # no future takes this one
+            error = RuntimeError(f"the agent raised {caught!r}")
+        except BaseException as caught:  # noqa: BLE001 - carried over, not swallowed
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=work, name="agent", daemon=True).start()
+    return await ended
 
 
 @dataclass(frozen=True, slots=True)

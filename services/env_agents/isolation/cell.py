@@ -7,13 +7,8 @@ import socket
 from collections.abc import Callable
 from typing import Any, cast
 
-from services.env_agents.environment import (
-    Environment,
-    EnvironmentLost,
-    Observation,
-    StepResult,
-)
-from services.env_agents.isolation import frames
+from services.env_agents.environment import ActsOnAnswers, Environment, EnvironmentLost
+from services.env_agents.isolation import frames, plain
 from services.env_agents.isolation.confinement import CellLimits
 from shared.wire.messages import TaskRef
 
@@ -32,7 +27,7 @@ async def serve(
             call = await frames.read(reader, limits.max_message_bytes)
         except EOFError:
             return
-        answer = frames.pack(await cell.answer(call))
+        answer = _packed(await cell.answer(call))
         if len(answer) > limits.max_message_bytes:
             answer = frames.pack({"error": _too_large(len(answer), limits.max_message_bytes)})
         writer.write(answer)
@@ -62,14 +57,14 @@ class _Cell:
             case {"call": "reset", "task": task}:
                 self._environment = self._make()
                 observation = cast(object, await self._environment.reset(_task(task)))
-                if not isinstance(observation, Observation):
-                    raise TypeError(f"returned {type(observation).__name__}, not Observation")
-                return {
-                    "text": str(observation.text),
-                    "digest": str(self._environment.task_digest()),
-                }
+                said = plain.of_observation(observation)
+                return {"observation": said, "digest": str(self._environment.task_digest())}
             case {"call": "step", "answer": str(answer)} if self._environment is not None:
-                return _plain(cast(object, await self._environment.step(answer)))
+                return plain.of_result(cast(object, await self._environment.step(answer)))
+            case {"call": "act", "answer": fields} if self._environment is not None:
+                assert isinstance(self._environment, ActsOnAnswers), "asked only where it acts"
+                answered = await self._environment.act(plain.answer(fields))
+                return plain.of_result(cast(object, answered))
             case {"call": "close"}:
                 if self._environment is not None:
                     await self._environment.close()
@@ -82,16 +77,12 @@ def _task(fields: dict[str, Any]) -> TaskRef:
     return TaskRef.model_validate(fields)
 
 
-def _plain(result: object) -> dict[str, Any]:
-    if not isinstance(result, StepResult):
-        raise TypeError(f"returned {type(result).__name__}, not StepResult")
-    return {
-        "text": str(result.observation.text),
-        "reward": float(result.reward),
-        "terminated": bool(result.terminated),
-        "truncated": bool(result.truncated),
-        "rewards": {str(name): float(value) for name, value in result.rewards.items()},
-    }
+def _packed(answer: dict[str, Any]) -> bytes:
+    try:
+        return frames.pack(answer)
+    except (TypeError, ValueError, OverflowError) as error:
+        # Text with half a character, say: the environment's fault, and its episode's end.
+        return frames.pack({"error": f"returned what cannot be sent: {type(error).__name__}"})
 
 
 def _too_large(num_bytes: int, max_bytes: int) -> str:

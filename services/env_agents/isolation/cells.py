@@ -69,6 +69,8 @@ class Cells:
         self._starting = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self.acts = False
+        """The environment reads parsed answers (`act`); known once started."""
         self._next_id = 0
         self._open: dict[int, Cell] = {}
 
@@ -128,6 +130,7 @@ class Cells:
                 answer.get("refused")
                 or f"task.environment {self._order['environment']}: importing it ended the process"
             )
+        self.acts = bool(answer["acts"])
         self._control = ours
         loop.add_reader(ours, self._hear)
 

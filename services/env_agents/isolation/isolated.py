@@ -1,11 +1,12 @@
-"""An environment that lives in a process of its own. Satisfies `Environment`."""
+"""An environment that lives in a process of its own, and one that has its own loop there."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from services.env_agents.answer import Answer
 from services.env_agents.environment import EnvironmentLost, Observation, StepResult
-from services.env_agents.isolation import frames
+from services.env_agents.isolation import frames, plain
 from services.env_agents.isolation.cells import Cell, Cells
 from shared.wire.messages import TaskRef
 
@@ -16,6 +17,8 @@ class EnvironmentRaised(Exception):
 
 class IsolatedEnvironment:
     """One episode, played in a process that is forked for it and killed after it.
+
+    Satisfies `Environment`.
 
     Args:
         cells: forks the process at `reset`.
@@ -38,7 +41,7 @@ class IsolatedEnvironment:
         self._cell = await self._cells.open()
         answer = await self._call({"call": "reset", "task": task.model_dump()})
         self._digest = answer["digest"]
-        return Observation(answer["text"])
+        return plain.observation(answer["observation"])
 
     async def step(self, answer: str) -> StepResult:
         """Pass the answer on.
@@ -47,14 +50,7 @@ class IsolatedEnvironment:
             EnvironmentLost: its process ended.
             EnvironmentRaised: it raised.
         """
-        result = await self._call({"call": "step", "answer": answer})
-        return StepResult(
-            observation=Observation(result["text"]),
-            reward=result["reward"],
-            terminated=result["terminated"],
-            truncated=result["truncated"],
-            rewards=result["rewards"],
-        )
+        return plain.result(await self._call({"call": "step", "answer": answer}))
 
     def task_digest(self) -> str:
         return self._digest
@@ -88,3 +84,19 @@ class IsolatedEnvironment:
         if "error" in answer:
             raise EnvironmentRaised(answer["error"])
         return answer
+
+
+class IsolatedAgent(IsolatedEnvironment):
+    """The same for an environment that reads parsed answers: tools, or an agent's own loop.
+
+    Satisfies `ActsOnAnswers` too.
+    """
+
+    async def act(self, answer: Answer) -> StepResult:
+        """Pass the answer on, tokens and stamps included.
+
+        Raises:
+            EnvironmentLost: its process ended.
+            EnvironmentRaised: it raised.
+        """
+        return plain.result(await self._call({"call": "act", "answer": plain.of_answer(answer)}))

@@ -230,7 +230,8 @@ def main(argv: list[str]) -> int:
         return 2
     gc.collect()
     gc.freeze()  # what is imported stays shared between all episodes' processes
-    control.send(cast(bytes, msgpack.packb({"ready": os.getpid()})))
+    ready = {"ready": os.getpid(), "acts": callable(getattr(make, "act", None))}
+    control.send(cast(bytes, msgpack.packb(ready)))
     _Zygote(control, make, order).run()
     return 0
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from services.env_agents.answers import without_stop
+from services.env_agents.chat.tool_parsers import HermesParser
 from services.env_agents.environment import EnvironmentLost, Observation, StepResult
 from services.env_agents.tasks.drawing import content_digest
 from services.env_agents.tasks.options import checked, installed
-from services.env_agents.tasks.tool_calls import MalformedCall, ToolCall, tool_calls
 from services.env_agents.verifiers.verifier import TaskFault, verifier
 from shared.wire.messages import TaskRef
 
@@ -56,6 +56,7 @@ class McpTools:
         self._verifier = verifier(str(chosen["verifier"]), dict(chosen["verifier_options"]))
         self._max_turns = int(chosen["max_turns"])
         self._max_result_chars = int(chosen["max_result_chars"])
+        self._parser = HermesParser()
         self._session = _Session(mcp, chosen)
         self._payload: Mapping[str, Any] = {}
         self._turns = 0
@@ -84,26 +85,22 @@ class McpTools:
         """
         self._turns += 1
         said = without_stop(answer)
-        calls = tool_calls(said)
-        if not calls:
+        parsed = self._parser.parse(said)
+        if not parsed.tool_calls and not parsed.errors:
             verdict = await self._verifier.verify(said, self._payload)
             return StepResult(
                 Observation(""), reward=verdict.reward, terminated=True, rewards=verdict.rewards
             )
-        told: list[str] = []
-        malformed = failed = 0
-        for call in calls:
-            match call:
-                case MalformedCall(problem):
-                    malformed += 1
-                    text = f"Error: {problem}"
-                case ToolCall(name, arguments):
-                    text, ok = await self._session.call(name, arguments)
-                    failed += not ok
-            told.append(f"<tool_response>\n{text[: self._max_result_chars]}\n</tool_response>\n")
-        rewards = {"tool_calls": float(len(calls))}
-        if malformed:
-            rewards["malformed"] = float(malformed)
+        # An answer with a malformed call makes none: what is wrong is all that it is told.
+        told = [_response(f"Error: {error}", self._max_result_chars) for error in parsed.errors]
+        failed = 0
+        for call in parsed.tool_calls:
+            text, ok = await self._session.call(call.name, dict(call.arguments))
+            failed += not ok
+            told.append(_response(text, self._max_result_chars))
+        rewards = {"tool_calls": float(len(told))}
+        if parsed.errors:
+            rewards["malformed"] = float(len(parsed.errors))
         if failed:
             rewards["tool_errors"] = float(failed)
         return StepResult(
@@ -233,6 +230,10 @@ class _Session:
         else:
             if not done.done():
                 done.set_result(result)
+
+
+def _response(text: str, max_chars: int) -> str:
+    return f"<tool_response>\n{text[:max_chars]}\n</tool_response>\n"
 
 
 def _innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,28 @@ def test_messages_that_a_template_refuses_are_a_fault_that_names_them() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             mistral.conversation().begin(Observation(messages=(message,)))
+
+
+def test_a_template_without_generation_markers_gives_the_same_ids_and_the_same_masks(
+    model: Path, tmp_path: Path
+) -> None:
+    marked = (model / "chat_template.jinja").read_text()
+    bare = re.sub(r"\{%- (end)?generation %\}\n", "", marked)
+    assert ("generation %}" in marked, "generation %}" in bare) == (True, False)
+    plain = Path(shutil.copytree(model, tmp_path / "plain"))
+    (plain / "chat_template.jinja").write_text(bare)
+    played: list[tuple[list[int], list[bool]]] = []
+    for folder in (model, plain):
+        renderer = ChatRenderer(str(folder), {})
+        conversation = renderer.conversation()
+        ids = conversation.begin(Observation("What is 2 + 3?"))
+        mask = [False] * len(ids)
+        for said in ('<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>', "It is 5."):
+            sampled = [*renderer.tokenizer.encode(said), renderer.stop_ids[0]]
+            conversation.read(sampled)
+            told = conversation.follow(Observation(messages=({"role": "tool", "content": "5"},)))
+            assert not told.rewrites
+            ids += [*sampled, *told.token_ids]
+            mask += [True] * len(sampled) + [False] * len(told.token_ids)
+        played.append((ids, mask))
+    assert played[0] == played[1]

@@ -31,6 +31,7 @@ FAULTS = {
     "raise": ("env_error", "ZeroDivisionError: as asked"),
     "die": ("env_lost", "exited with status 7"),
     "crash": ("env_lost", "SIGSEGV"),
+    "lose its server": ("env_lost", "step: server 7 hung up"),
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from services.env_agents.environment import Message
-from services.env_agents.tasks.retail_tools.generator import DOMAINS, draw
+from services.env_agents.tasks.retail_tools.generator import DOMAINS, FULL, draw
 from services.env_agents.tasks.retail_tools.scenario import (
     PERSONALITIES,
     Database,
@@ -40,8 +40,10 @@ class RetailTools(ToolEnvironment):
             raise ValueError(
                 f"unknown option {unknown[0]!r}; retail_tools has domains, personalities"
             )
-        self._domains = _chosen("domain", options.get("domains"), tuple(DOMAINS))
-        self._personalities = _chosen("personality", options.get("personalities"), PERSONALITIES)
+        self._domains = _chosen("domain", options.get("domains"), tuple(FULL), tuple(DOMAINS))
+        self._personalities = _chosen(
+            "personality", options.get("personalities"), PERSONALITIES, PERSONALITIES
+        )
         self.scenario: Scenario | None = None
         self.database: Database = {}
         self._user: ScriptedUser | None = None
@@ -93,9 +95,11 @@ def target(scenario: Scenario) -> Database:
     return database
 
 
-def _chosen(what: str, named: object, known: tuple[str, ...]) -> tuple[str, ...]:
+def _chosen(
+    what: str, named: object, default: tuple[str, ...], known: tuple[str, ...]
+) -> tuple[str, ...]:
     if named is None:
-        return known
+        return default
     chosen = tuple(named) if isinstance(named, list | tuple) else (str(named),)
     for name in chosen:
         if name not in known:

@@ -23,7 +23,12 @@ from services.env_agents.tasks.retail_tools.retail import Retail
 from services.env_agents.tasks.retail_tools.scenario import PERSONALITIES, Domain, Scenario
 from services.env_agents.tasks.retail_tools.telecom import Telecom
 
-DOMAINS: Mapping[str, Domain] = {d.name: d for d in (Retail(), Airline(), Telecom())}
+FULL: Mapping[str, Domain] = {d.name: d for d in (Retail(), Airline(), Telecom())}
+
+DOMAINS: Mapping[str, Domain] = FULL | {
+    "retail_small": Retail("retail_small", ("cancel", "return", "denied", "total"), id_digits=2)
+}
+"""With the reduced one, which is drawn only when it is named (examples/retail_tools)."""
 
 EVAL_FIFTH = 2**64 // 5
 
@@ -33,7 +38,7 @@ def draw(
     split: str,
     seed: int,
     index: int,
-    domains: Sequence[str] = tuple(DOMAINS),
+    domains: Sequence[str] = tuple(FULL),
     personalities: Sequence[str] = PERSONALITIES,
 ) -> Scenario:
     """Draw the task `index` of a split; equal arguments give equal tasks."""

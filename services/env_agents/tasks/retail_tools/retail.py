@@ -13,14 +13,21 @@ from services.env_agents.tools import ToolFault
 
 PRODUCTS = ("backpack", "desk lamp", "kettle", "notebook", "raincoat", "speaker", "water bottle")
 COLOURS = ("black", "blue", "green", "red", "white")
+KINDS = ("cancel", "address", "return", "exchange", "denied", "total")
+"""Of wishes."""
 
 Refund = Literal["original_payment", "gift_card"]
 
 
 class Retail:
-    """Satisfies `Domain`."""
+    """Satisfies `Domain`.
 
-    name = "retail"
+    Args:
+        name: of the domain.
+        kinds: wishes that are drawn; a wavering user always wants an exchange.
+        id_digits: of order and item ids.
+    """
+
     policy = """You are a customer service agent of an online shop. Help the user with their orders.
 - First find out who the user is: by user id, or by email with find_user_by_email.
 - Only orders of that user may be shown or changed.
@@ -33,6 +40,13 @@ class Retail:
 - Before any change, say what you are about to do and ask the user to confirm.
 - Do one thing at a time, and do only what was asked. When everything is done, ask whether there
   is anything else."""
+
+    def __init__(
+        self, name: str = "retail", kinds: Sequence[str] = KINDS, id_digits: int = 5
+    ) -> None:
+        self.name = name
+        self._kinds = tuple(kinds)
+        self._id_digits = id_digits
 
     def tools(self, database: Database) -> Sequence[Callable[..., Any]]:
         users, orders, products = database["users"], database["orders"], database["products"]
@@ -103,11 +117,10 @@ class Retail:
                 change_address, return_items, exchange_item, transfer_to_human)  # fmt: skip
 
     def draw(self, rng: random.Random, personality: str) -> tuple[Database, Want]:
-        database = _database(rng)
+        database = _database(rng, self._id_digits)
         user_id = rng.choice(list(database["users"]))
         user = database["users"][user_id]
-        kinds = ["cancel", "address", "return", "exchange", "denied", "total"]
-        kind = "exchange" if personality == "wavering" else rng.choice(kinds)
+        kind = "exchange" if personality == "wavering" else rng.choice(self._kinds)
         pending = kind in ("cancel", "address")
         order_id = user["orders"][0 if pending else 1]
         facts = who({"user_id": user_id, **user}, personality)
@@ -129,7 +142,7 @@ def _want(
     kind: str, rng: random.Random, database: Database, order_id: str, *, wavers: bool
 ) -> Want:
     found = database["orders"][order_id]
-    item = found["items"][0]
+    item = rng.choice(found["items"])
     match kind:
         case "cancel":
             reason = rng.choice(["no_longer_needed", "mistake"])
@@ -186,10 +199,10 @@ def _want(
             )
 
 
-def _database(rng: random.Random) -> Database:
+def _database(rng: random.Random, id_digits: int) -> Database:
     products: dict[str, Any] = {}
     names = rng.sample(PRODUCTS, 3)
-    ids = distinct_ids(rng, "i", 15)
+    ids = distinct_ids(rng, "i", 15, id_digits)
     for index, name in enumerate(names):
         colours = rng.sample(COLOURS, 5)
         products[name] = {
@@ -204,7 +217,7 @@ def _database(rng: random.Random) -> Database:
         }
     users: dict[str, Any] = {}
     orders: dict[str, Any] = {}
-    order_ids = distinct_ids(rng, "#W", 4)
+    order_ids = distinct_ids(rng, "#W", 4, id_digits)
     for index, person in enumerate(people(rng, 2)):
         owned = order_ids[2 * index : 2 * index + 2]
         for order_id, status in zip(owned, ("pending", "delivered"), strict=True):
