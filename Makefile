@@ -78,7 +78,7 @@ bench-routes: $(DEMO) ## every old-logit route against the exact answer: hours, 
 	$(RUN) $(BIN)/python -m shared.cli.bench_routes $(ROUTES_ARGS)
 
 test: $(DEV) ## the default suite, without the kill matrix
-	$(RUN) $(BIN)/python -m pytest -m "not chaos and not chart and not chart_run" -n $(TEST_JOBS) $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -m "not chaos and not chart and not chart_run and not distributed" -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 $(S3): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) s3-test

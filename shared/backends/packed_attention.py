@@ -117,6 +117,7 @@ def take_rows(rows_PF: torch.Tensor, index_T: torch.Tensor) -> torch.Tensor:
     return taken_TF
 
 
+@torch.compiler.disable  # its shapes follow every batch's lengths: each would be compiled anew
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
