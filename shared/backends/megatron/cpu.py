@@ -1,0 +1,153 @@
+"""megatron-core without CUDA: the whole adaptation, and nothing where CUDA exists.
+
+megatron-core names CUDA devices, streams and tensor types outright. On a machine without CUDA its
+modules get, in place of the name `torch`, a view of torch whose CUDA entry points resolve to the
+CPU. torch itself is not touched: everybody else keeps the real one.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+
+HAVE_CUDA = torch.cuda.is_available()
+
+_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
+
+
+@contextmanager
+def importing() -> Generator[None]:
+    """Import megatron-core in here: on CPUs its small functions stay uncompiled, it says less."""
+    if HAVE_CUDA:
+        yield
+        return
+    compiler: Any = torch.compile
+    torch.compile = _as_it_is
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TransformerEngine and Apex are absent is known
+            yield
+    finally:
+        torch.compile = compiler
+
+
+def adapt() -> None:
+    """Give every loaded megatron-core module the view; call again after further imports."""
+    if HAVE_CUDA:
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            vars(module)["torch"] = _VIEW
+        if name == "megatron.core.tensor_parallel.random":
+            vars(module)["_get_cuda_rng_state"] = _get_state
+            vars(module)["_set_cuda_rng_state"] = _set_state
+        if name == "megatron.core.transformer.moe.moe_utils":
+            # 0.16.1 reads the name even where TransformerEngine is absent
+            vars(module).setdefault("te_general_gemm", None)
+
+
+def name_types(parameters: list[torch.nn.Parameter]) -> None:
+    """Let `parameter.type()` answer with the CUDA name that the distributed optimizer expects."""
+    if HAVE_CUDA:
+        return
+    for parameter in parameters:
+        parameter.__class__ = _CudaNamed
+
+
+class _CudaNamed(torch.nn.Parameter):
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # pyright: ignore
+
+    def type(self, *args: Any, **kwargs: Any) -> Any:
+        answer = super().type(*args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+
+
+class _Nothing:
+    """A stream or event: every method does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+class _Cuda(ModuleType):
+    """What megatron-core reads of `torch.cuda`."""
+
+    FloatTensor = torch.FloatTensor
+    HalfTensor = torch.HalfTensor
+    BFloat16Tensor = torch.BFloat16Tensor
+    Stream = _Nothing
+    Event = _Nothing
+    OutOfMemoryError = MemoryError
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def is_available(self) -> bool:
+        return False
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def device_count(self) -> int:
+        return 0
+
+    def stream(self, _: Any) -> Any:
+        return nullcontext()
+
+    def current_stream(self, *_: Any) -> _Nothing:
+        return _NOTHING
+
+    default_stream = current_stream
+
+    def synchronize(self, *_: Any) -> None: ...
+
+    empty_cache = synchronize
+
+    def manual_seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def get_rng_state(self, *_: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+
+class _View(ModuleType):
+    """torch, with CUDA devices resolved to the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return made
+
+
+def _as_it_is(function: Any = None, **_: Any) -> Any:
+    return function if function is not None else _as_it_is
+
+
+def _get_state(*_: Any, **__: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+    torch.set_rng_state(state)
+
+
+_NOTHING = _Nothing()
+_VIEW = _View("torch")
+_VIEW.cuda = _Cuda("torch.cuda")
+for _name in _FACTORIES:
+    setattr(_VIEW, _name, _on_cpu(getattr(torch, _name)))

@@ -1,0 +1,45 @@
+"""What a rank of the megatron backend does in `test_megatron.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from models import BETAS, EPS, TEMPERATURE, packs
+from torch_cases import train, write
+
+from shared.backends.adamw import AdamWSettings
+from shared.backends.megatron.backend import MegatronBackend
+from shared.backends.megatron.layout import Layout
+
+
+def open_backend(arguments: dict[str, Any], path: str) -> MegatronBackend:
+    backend = MegatronBackend(
+        getattr(torch, arguments.get("dtype", "float32")),
+        layout=Layout(**arguments["layout"]),
+        optimizer=AdamWSettings(betas=BETAS, eps=EPS),
+        recompute=arguments.get("recompute", False),
+    )
+    backend.load_hf(Path(path))
+    return backend
+
+
+def parameters_after_steps(arguments: dict[str, Any]) -> None:
+    out = arguments["out"]
+    for number, (path, seed) in enumerate(arguments["runs"]):
+        backend = open_backend(arguments, path)
+        batch = packs(seed, 0, [[0, 1, 2, 3]])[0]
+        del batch.per_token["loss_mask"]
+        scores = backend.score(batch, temperature=TEMPERATURE)
+        write(out, f"scores{number}.safetensors", {"scores": scores})
+        backend.export_hf(Path(out) / f"export{number}")
+        train(backend, seed)
+        after = dict(backend.state())
+        write(out, f"after{number}.safetensors", after)
+        oracle = open_backend(arguments, path)
+        oracle.load_state(after)
+        theirs = oracle.score(batch, temperature=TEMPERATURE)
+        ours = backend.score(batch, temperature=TEMPERATURE)
+        write(out, f"oracle{number}.safetensors", {"oracle": theirs, "learner": ours})
