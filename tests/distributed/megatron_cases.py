@@ -43,3 +43,35 @@ def parameters_after_steps(arguments: dict[str, Any]) -> None:
         theirs = oracle.score(batch, temperature=TEMPERATURE)
         ours = backend.score(batch, temperature=TEMPERATURE)
         write(out, f"oracle{number}.safetensors", {"oracle": theirs, "learner": ours})
+
+
+def save_and_load(arguments: dict[str, Any]) -> None:
+    """Two steps, a checkpoint, a third step; then the third step again from the checkpoint."""
+    out, (path, seed) = arguments["out"], arguments["runs"][0]
+    backend = open_backend(arguments, path)
+    train(backend, seed, range(2))
+    backend.save(Path(out) / "checkpoint")
+    dist.barrier()
+    train(backend, seed, range(2, 3))
+    write(out, "straight.safetensors", dict(backend.state()))
+    again = open_backend(arguments, path)
+    again.load(Path(out) / "checkpoint")
+    train(again, seed, range(2, 3))
+    write(out, "resumed.safetensors", dict(again.state()))
+
+
+def continue_from(arguments: dict[str, Any]) -> None:
+    """A third step from a checkpoint of another layout."""
+    out, (path, seed) = arguments["out"], arguments["runs"][0]
+    backend = open_backend(arguments, path)
+    backend.load(Path(arguments["checkpoint"]))
+    train(backend, seed, range(2, 3))
+    write(out, "resumed.safetensors", dict(backend.state()))
+
+
+def refusal(arguments: dict[str, Any]) -> None:
+    """Write why a model is refused; the process goes on."""
+    try:
+        open_backend(arguments, arguments["runs"][0][0])
+    except ValueError as error:
+        (Path(arguments["out"]) / "refusal.txt").write_text(str(error))

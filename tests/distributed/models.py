@@ -15,7 +15,7 @@ TEMPERATURE, ENTROPY_BONUS = 0.9, 0.02
 MODELS = ("qwen3", "qwen3_tied", "llama", "qwen3_moe")
 
 
-def write_model(path: Path, kind: str, seed: int, *, layers: int = 2) -> Path:
+def write_model(path: Path, kind: str, seed: int, *, layers: int = 2, kv_heads: int = 2) -> Path:
     """Write a random model in float32; weights far from uniform, norms not all ones."""
     import transformers
 
@@ -25,7 +25,7 @@ def write_model(path: Path, kind: str, seed: int, *, layers: int = 2) -> Path:
         "intermediate_size": 48,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": kv_heads,
         "head_dim": 8,
         "max_position_embeddings": 256,
         "rms_norm_eps": 1e-6,

@@ -169,9 +169,7 @@ class MegatronBackend:
         self, batch: PackedBatch, loss_fn: LossFn, *, temperature: float, with_entropy: bool
     ) -> float:
         """Accumulate gradients of one micro-batch; return the loss value (0 but on the last stage)."""
-        return self.accumulate(
-            [batch], loss_fn, temperature=temperature, with_entropy=with_entropy
-        )
+        return self.accumulate([batch], loss_fn, temperature=temperature, with_entropy=with_entropy)
 
     def accumulate(
         self,

@@ -72,9 +72,7 @@ def open_ranks(layout: Layout) -> Ranks:
     )
 
 
-def transformer_config(
-    shape: Shape, layout: Layout, dtype: torch.dtype, *, recompute: bool
-) -> Any:
+def transformer_config(shape: Shape, layout: Layout, dtype: torch.dtype, *, recompute: bool) -> Any:
     """Return megatron-core's configuration of the model."""
     moe: dict[str, Any] = {}
     if shape.num_experts:

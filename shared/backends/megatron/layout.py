@@ -33,10 +33,14 @@ class Layout:
         if min(self.tp, self.pp, self.ep) < 1:
             raise ValueError("layout: tp, pp and ep are at least 1")
         if world % (self.tp * self.pp):
-            raise ValueError(f"layout: {world} ranks are no multiple of tp {self.tp} x pp {self.pp}")
+            raise ValueError(
+                f"layout: {world} ranks are no multiple of tp {self.tp} x pp {self.pp}"
+            )
         left = world // (self.tp * self.pp)
         if (left * self.tp) % self.ep:
-            raise ValueError(f"layout: ep {self.ep} does not divide the {left * self.tp} ranks of a stage")
+            raise ValueError(
+                f"layout: ep {self.ep} does not divide the {left * self.tp} ranks of a stage"
+            )
         return left
 
 

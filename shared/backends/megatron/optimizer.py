@@ -106,7 +106,9 @@ class ShardedAdamW:
         wanted = {f"{k}/{n}": shape for k in kinds for n, shape in self._weights.shapes.items()}
         for key, shape in shapes.items():
             if key != STEP and wanted.get(key) != shape:
-                raise ValueError(f"optimizer state {key} {shape} belongs to no tensor of this model")
+                raise ValueError(
+                    f"optimizer state {key} {shape} belongs to no tensor of this model"
+                )
         for key in wanted.keys() - shapes.keys():
             raise ValueError(f"optimizer state lacks {key}")
 
