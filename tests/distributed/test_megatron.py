@@ -135,6 +135,16 @@ def test_bfloat16_with_masters_trains_and_resumes(run_ranks, tmp_path):
     assert {tensor.dtype for tensor in straight.values()} == {torch.bfloat16}
 
 
+def test_recomputed_layers_train_to_the_same_bits(run_ranks, tmp_path):
+    path = write_model(tmp_path / "m", "qwen3", 4)
+    runs, layout = [(str(path), 4)], {"tp": 2}
+    case = "megatron_cases:parameters_after_steps"
+    plain = run_ranks(case, 2, runs=runs, layout=layout)
+    recomputed = run_ranks(case, 2, runs=runs, layout=layout, recompute=True)
+    name = "after0.safetensors"
+    assert same(load_file(plain / name), load_file(recomputed / name))
+
+
 @pytest.mark.parametrize(
     ("layout", "names"),
     [

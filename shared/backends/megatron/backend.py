@@ -168,7 +168,7 @@ class MegatronBackend:
     def forward_backward(
         self, batch: PackedBatch, loss_fn: LossFn, *, temperature: float, with_entropy: bool
     ) -> float:
-        """Accumulate gradients of one micro-batch; return the loss value (0 but on the last stage)."""
+        """As `accumulate` of one micro-batch."""
         return self.accumulate([batch], loss_fn, temperature=temperature, with_entropy=with_entropy)
 
     def accumulate(

@@ -145,18 +145,20 @@ def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
         spec = core.block.TransformerBlockSubmodules(
             layer_specs=[layer] * count, layer_norm=RMSNorm
         )
-    model = core.gpt.GPTModel(
-        config=config,
-        transformer_layer_spec=spec,
-        vocab_size=shape.padded_vocab(ranks.layout.tp),
-        max_sequence_length=shape.max_positions,
-        pre_process=ranks.first,
-        post_process=ranks.last,
-        share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="rope",
-        rotary_base=shape.rope_theta,
-    )
+    with cpu.building():
+        model = core.gpt.GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=shape.padded_vocab(ranks.layout.tp),
+            max_sequence_length=shape.max_positions,
+            pre_process=ranks.first,
+            post_process=ranks.last,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+        )
     hidden_states_only(model)
+    _mark_shared_out(model)
     if cpu.HAVE_CUDA:
         model.cuda()
     cpu.name_types(list(model.parameters()))
@@ -172,3 +174,20 @@ def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
     )
     wrapped.train()
     return wrapped
+
+
+def _mark_shared_out(model: Any) -> None:
+    """Mark the parameters that tensor-parallel ranks share out, as initialising them would have.
+
+    Without the mark the gradient's norm counts those of the first rank only, and clips by it.
+    """
+    dims = {"ColumnParallelLinear": 0, "RowParallelLinear": 1, "VocabParallelEmbedding": 0}
+    for module in model.modules():
+        kind = next((k for k in dims if k in type(module).__name__), None)
+        weight = getattr(module, "weight", None)
+        if kind is None or weight is None or getattr(weight, "tensor_model_parallel", False):
+            continue
+        for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+            if hasattr(weight, name):
+                delattr(weight, name)
+        core.tensor_parallel.set_tensor_model_parallel_attributes(weight, True, dims[kind], 1)

@@ -2,7 +2,8 @@
 
 megatron-core names CUDA devices, streams and tensor types outright. On a machine without CUDA its
 modules get, in place of the name `torch`, a view of torch whose CUDA entry points resolve to the
-CPU. torch itself is not touched: everybody else keeps the real one.
+CPU. torch itself is touched only while megatron-core is imported or builds a model: everybody else
+keeps the real one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,20 @@ def adapt() -> None:
             vars(module).setdefault("te_general_gemm", None)
 
 
+@contextmanager
+def building() -> Generator[None]:
+    """Build a model in here: on CPUs a tensor that is sent to CUDA stays where it is."""
+    if HAVE_CUDA:
+        yield
+        return
+    send: Any = torch.Tensor.cuda
+    torch.Tensor.cuda = _stay
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = send
+
+
 def name_types(parameters: list[torch.nn.Parameter]) -> None:
     """Let `parameter.type()` answer with the CUDA name that the distributed optimizer expects."""
     if HAVE_CUDA:
@@ -61,7 +76,7 @@ def name_types(parameters: list[torch.nn.Parameter]) -> None:
 
 
 class _CudaNamed(torch.nn.Parameter):
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # pyright: ignore
+    __torch_function__: Any = getattr(torch._C, "_disabled_torch_function_impl")  # noqa: B009
 
     def type(self, *args: Any, **kwargs: Any) -> Any:
         answer = super().type(*args, **kwargs)
@@ -136,6 +151,10 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 def _as_it_is(function: Any = None, **_: Any) -> Any:
     return function if function is not None else _as_it_is
+
+
+def _stay(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
 
 
 def _get_state(*_: Any, **__: Any) -> torch.Tensor:

@@ -94,6 +94,10 @@ class Shape:
         try:
             heads = int(config["num_attention_heads"])
             moe = kind == "qwen3_moe"
+            # transformers 5 writes the second name, the models' authors the first
+            experts = config.get("num_experts", config.get("num_local_experts"))
+            if moe and experts is None:
+                raise KeyError("num_experts")
             return cls(
                 kind=kind,
                 num_layers=int(config["num_hidden_layers"]),
@@ -107,7 +111,7 @@ class Shape:
                 eps=float(config["rms_norm_eps"]),
                 rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10_000.0)),
                 max_positions=int(config["max_position_embeddings"]),
-                num_experts=int(config["num_experts"]) if moe else 0,
+                num_experts=int(experts or 0) if moe else 0,
                 experts_per_token=int(config["num_experts_per_tok"]) if moe else 0,
                 moe_ffn_size=int(config["moe_intermediate_size"]) if moe else 0,
                 renormalise=bool(config.get("norm_topk_prob", False)) if moe else True,

@@ -88,7 +88,7 @@ class ShardedAdamW:
         if self._has_masters:
             yield from self._named("master", lambda main, state: main)
         counts = [float(s[STEP]) for _, _, _, s in self._shards() if STEP in s]
-        count = torch.tensor([max(counts, default=0.0)])
+        count = torch.tensor([max(counts, default=0.0)], device=self._weights.device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
         if not float(count):
             return

@@ -82,7 +82,7 @@ class ShardedWeights:
         for entry in self.entries:
             speaker, whole = self._speaker(entry), self._joined(entry, part)
             for number, name in enumerate(entry.tensors):
-                tensor = torch.empty(self._shapes[name], dtype=dtype, device=self._device)
+                tensor = torch.empty(self._shapes[name], dtype=dtype, device=self.device)
                 if whole and dist.get_rank() == speaker:
                     tensor.copy_(whole[number])
                 dist.broadcast(tensor, src=speaker)
@@ -125,7 +125,8 @@ class ShardedWeights:
         return (self._ranks.tp, self._ranks.layout.tp) if entry.expert is None else (0, 1)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the parameters are."""
         return next(iter(self._named.values())).device
 
     @property
