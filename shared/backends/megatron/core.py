@@ -32,6 +32,7 @@ with cpu.importing():
     config = _module(".transformer.transformer_config")
     _module(".transformer.moe.moe_layer")
     _module(".transformer.moe.experts")
+    _module(".transformer.moe.token_dispatcher")
 
 cpu.adapt()
 

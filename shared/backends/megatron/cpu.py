@@ -28,14 +28,9 @@ def importing() -> Generator[None]:
     if HAVE_CUDA:
         yield
         return
-    compiler: Any = torch.compile
-    torch.compile = _as_it_is
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that TransformerEngine and Apex are absent is known
-            yield
-    finally:
-        torch.compile = compiler
+    with _replaced(torch, "compile", _as_it_is), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TransformerEngine and Apex are absent is known
+        yield
 
 
 def adapt() -> None:
@@ -51,6 +46,8 @@ def adapt() -> None:
         if name == "megatron.core.transformer.moe.moe_utils":
             # 0.16.1 reads the name even where TransformerEngine is absent
             vars(module).setdefault("te_general_gemm", None)
+        if name == "megatron.core.transformer.moe.token_dispatcher":
+            vars(module)["maybe_move_tensor_to_cpu"] = _as_numpy
 
 
 @contextmanager
@@ -59,12 +56,18 @@ def building() -> Generator[None]:
     if HAVE_CUDA:
         yield
         return
-    send: Any = torch.Tensor.cuda
-    torch.Tensor.cuda = _stay
+    with _replaced(torch.Tensor, "cuda", _stay):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, stand_in: Any) -> Generator[None]:
+    plain = getattr(owner, name)
+    setattr(owner, name, stand_in)
     try:
         yield
     finally:
-        torch.Tensor.cuda = send
+        setattr(owner, name, plain)
 
 
 def name_types(parameters: list[torch.nn.Parameter]) -> None:
@@ -78,8 +81,8 @@ def name_types(parameters: list[torch.nn.Parameter]) -> None:
 class _CudaNamed(torch.nn.Parameter):
     __torch_function__: Any = getattr(torch._C, "_disabled_torch_function_impl")  # noqa: B009
 
-    def type(self, *args: Any, **kwargs: Any) -> Any:
-        answer = super().type(*args, **kwargs)
+    def type(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        answer: Any = super().type(*args, **kwargs)
         return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
 
 
@@ -88,8 +91,8 @@ class _Nothing:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
+    def __getattr__(self, name: str) -> Callable[..., _Nothing]:
+        return lambda *_, **__: _NOTHING
 
 
 class _Cuda(ModuleType):
@@ -153,6 +156,11 @@ def _as_it_is(function: Any = None, **_: Any) -> Any:
     return function if function is not None else _as_it_is
 
 
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Convert what a move from CUDA would have converted on the way."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 def _stay(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return tensor
 
@@ -167,6 +175,5 @@ def _set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
 
 _NOTHING = _Nothing()
 _VIEW = _View("torch")
-_VIEW.cuda = _Cuda("torch.cuda")
-for _name in _FACTORIES:
-    setattr(_VIEW, _name, _on_cpu(getattr(torch, _name)))
+vars(_VIEW)["cuda"] = _Cuda("torch.cuda")
+vars(_VIEW).update({name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
