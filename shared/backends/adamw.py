@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +129,7 @@ class MasterAdamW:
                 raise ValueError(f"optimizer state lacks master/{name}")
 
     @torch.no_grad()
-    def load_state(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def load_state(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Restore what `stream` yielded, tensor by tensor; call `check_state` first."""
         self._adamw.state.clear()
         for key, value in tensors:

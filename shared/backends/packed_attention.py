@@ -117,7 +117,6 @@ def take_rows(rows_PF: torch.Tensor, index_T: torch.Tensor) -> torch.Tensor:
     return taken_TF
 
 
-@torch.compiler.disable  # its shapes follow every batch's lengths: each would be compiled anew
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -192,4 +191,5 @@ def register() -> None:
     """Make the attention known to transformers under `ATTENTION_NAME`. Idempotent."""
     from transformers import AttentionInterface  # heavy: only where a model is loaded
 
-    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    # uncompiled: its shapes follow every batch's lengths, each would be compiled anew
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(packed_attention))

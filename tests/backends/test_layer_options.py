@@ -47,6 +47,8 @@ def test_recomputed_layers_give_the_same_bits_from_fewer_saved_tensors(model_dir
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_layers_stay_within_the_tolerance(model_dir, sequences):
     plain_scores, plain = gradients(model_dir, sequences, LayerOptions())
     scores, compiled = gradients(model_dir, sequences, LayerOptions(compile=True))

@@ -79,7 +79,8 @@ def name_types(parameters: list[torch.nn.Parameter]) -> None:
 
 
 class _CudaNamed(torch.nn.Parameter):
-    __torch_function__: Any = getattr(torch._C, "_disabled_torch_function_impl")  # noqa: B009
+    # an operation on it is one on a plain parameter
+    __torch_function__: Any = getattr(getattr(torch, "_C"), "_disabled_torch_function_impl")  # noqa: B009
 
     def type(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         answer: Any = super().type(*args, **kwargs)
