@@ -14,6 +14,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 S3 := $(VENV)/.installed-s3
 AGENTS := $(VENV)/.installed-agents
+MEGATRON := $(VENV)/.installed-megatron
 # Environments and their packages get a virtual environment of their own.
 VENV_ENVS ?= .venv-envs
 ENVS := $(VENV_ENVS)/.installed
@@ -30,7 +31,7 @@ RELEASE_NAME ?= lagwise-test
 NAMESPACE ?= lagwise-test
 
 .PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean \
-	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm demo-frozen_lake demo-retail_tools images push test-images test-cluster bench-envs test-envs test-agents fidelity
+	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm demo-frozen_lake demo-retail_tools images push test-images test-cluster bench-envs test-envs test-agents test-distributed fidelity
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -90,7 +91,7 @@ bench-routes: $(DEMO) ## every old-logit route against the exact answer: hours, 
 	$(RUN) $(BIN)/python -m shared.cli.bench_routes $(ROUTES_ARGS)
 
 test: $(DEV) ## the default suite, without the kill matrix
-	$(RUN) $(BIN)/python -m pytest -m "not chaos and not chart and not chart_run and not vllm" -n $(TEST_JOBS) $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -m "not chaos and not chart and not chart_run and not vllm and not distributed" -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 $(S3): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) s3-test
@@ -98,6 +99,13 @@ $(S3): $(DEV)
 
 test-s3: $(S3) ## the keyframe store against an S3-compatible server
 	$(RUN) $(BIN)/python -m pytest tests/weights/keyframe_store $(PYTEST_ARGS)
+
+$(MEGATRON): $(DEV)
+	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) megatron
+	@touch $@
+
+test-distributed: $(MEGATRON) ## backends on several ranks: FSDP2 and megatron-core layouts (10 minutes)
+	$(RUN) $(BIN)/python -m pytest tests/distributed $(PYTEST_ARGS)
 
 $(CHART): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) chart

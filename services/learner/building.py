@@ -20,12 +20,14 @@ from services.learner.shadows import Shadows
 from services.learner.step_inputs import StepInputs
 from services.learner.task_source import TaskSource
 from shared.backends.adamw import AdamWSettings
+from shared.backends.base import Backend
+from shared.backends.layer_options import LayerOptions
 from shared.backends.torch_backend import TorchBackend
 from shared.runtime.context import Context
 from shared.runtime.errors import ConfigError
 
 
-def load_backend(config: LearnerConfig) -> TorchBackend:
+def load_backend(config: LearnerConfig) -> Backend:
     """Build the backend and load the model directory.
 
     Raises:
@@ -35,6 +37,7 @@ def load_backend(config: LearnerConfig) -> TorchBackend:
     backend = TorchBackend(
         getattr(torch, config.model.dtype),
         optimizer=AdamWSettings(betas=optimizer.betas, weight_decay=optimizer.weight_decay),
+        options=LayerOptions(recompute=config.model.recompute, compile=config.model.compile),
     )
     try:
         backend.load_hf(Path(config.model.source))
@@ -58,7 +61,7 @@ def load_task_source(config: LearnerConfig) -> TaskSource:
 
 
 def make_inputs(
-    context: Context, config: LearnerConfig, backend: TorchBackend, positions: Positions
+    context: Context, config: LearnerConfig, backend: Backend, positions: Positions
 ) -> StepInputs:
     """Build the configured old-logit route, its shadows and the reference model.
 
@@ -77,7 +80,7 @@ def make_inputs(
     )
 
 
-def make_shadows(context: Context, config: LearnerConfig, backend: TorchBackend) -> Shadows:
+def make_shadows(context: Context, config: LearnerConfig, backend: Backend) -> Shadows:
     """Build the routes that look on, each with its defaults and bounds of its own."""
     own = {
         "ewma": None,
@@ -104,7 +107,7 @@ def _make_route(name: str, context: RouteContext) -> OldLogprobRoute:
     return ROUTES[name](context)
 
 
-def _route_context(context: Context, config: LearnerConfig, backend: TorchBackend) -> RouteContext:
+def _route_context(context: Context, config: LearnerConfig, backend: Backend) -> RouteContext:
     return RouteContext(
         backend=backend,
         make_scorer=lambda: load_backend(config),

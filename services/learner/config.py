@@ -15,8 +15,8 @@ class OptimizerSection(Section):
     """AdamW and its schedule, counted in versions."""
 
     lr: float = Field(default=1e-6, gt=0)
-    schedule: Literal["linear", "constant"] = "linear"
-    """linear: from lr to lr·final_ratio at the last version."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """linear, cosine: from lr to lr·final_ratio at the last version."""
     final_ratio: float = Field(default=0.1, ge=0, le=1)
     warmup_versions: int = Field(default=0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from services.learner.config import OptimizerSection
 
 
@@ -13,4 +15,6 @@ def learning_rate(section: OptimizerSection, version: int, num_versions: int) ->
         return section.lr
     span = max(1, num_versions - section.warmup_versions)
     progress = (version - section.warmup_versions) / span
+    if section.schedule == "cosine":
+        progress = (1.0 - math.cos(math.pi * progress)) / 2
     return section.lr * (1.0 - (1.0 - section.final_ratio) * progress)

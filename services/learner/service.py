@@ -34,7 +34,7 @@ from services.learner.score_records import score_event
 from services.learner.step_telemetry import bounds
 from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
-from shared.backends.torch_backend import TorchBackend
+from shared.backends.base import Backend
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
 from shared.runtime.errors import BusError, Conflict
@@ -72,7 +72,7 @@ async def serve(context: Context, config: LearnerConfig) -> None:
 
 class _Shell:
     def __init__(
-        self, context: Context, config: LearnerConfig, backend: TorchBackend, source: TaskSource
+        self, context: Context, config: LearnerConfig, backend: Backend, source: TaskSource
     ) -> None:
         self._context = context
         self._config = config
@@ -126,7 +126,7 @@ class _Shell:
         self._waited_s: dict[str, float] = {}
         """Seconds an unscored trajectory has waited while an oracle was there."""
 
-    def _make_fencing(self, backend: TorchBackend) -> Fencing:
+    def _make_fencing(self, backend: Backend) -> Fencing:
         config, section = self._config, self._config.old_logprobs
         return Fencing(
             self._context,

@@ -92,13 +92,12 @@ class Trainer:
             if compare and self._shadows is not None and not norms:
                 step = self._shadows.step(denominators, version_now=version)
                 loss_fn = watched = _Watched(loss, step)
-            for micro in micros:
-                self._backend.forward_backward(
-                    micro,
-                    loss_fn,
-                    temperature=self._temperature,
-                    with_entropy=self._policy_loss.needs_entropy,
-                )
+            self._backend.accumulate(
+                micros,
+                loss_fn,
+                temperature=self._temperature,
+                with_entropy=self._policy_loss.needs_entropy,
+            )
             norms.append(self._backend.step(lr, max_grad_norm=optimizer.max_grad_norm))
             self._note(loss, scalars, arrays, first=len(norms) == 1)
         scalars |= {

@@ -19,6 +19,7 @@ import torch
 from services.logit_oracle.bench import Bench
 from services.logit_oracle.config import LogitOracleConfig
 from services.logit_oracle.oracle import Oracle
+from shared.backends.layer_options import LayerOptions
 from shared.backends.torch_backend import TorchBackend
 from shared.runtime.context import Context
 from shared.runtime.errors import ConfigError
@@ -40,7 +41,9 @@ async def serve(context: Context, config: LogitOracleConfig) -> None:
     """
     section = config.logit_oracle
     source = Path(config.model.source)
-    backend = TorchBackend(DTYPES[config.model.dtype])
+    backend = TorchBackend(
+        DTYPES[config.model.dtype], options=LayerOptions(compile=config.model.compile)
+    )
     context.health.set_unready("loading the model")
     try:
         await asyncio.to_thread(backend.load_hf, source)

@@ -81,3 +81,50 @@ def balance(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             packs.append([index])
             totals.append(lengths[index])
     return packs
+
+
+def share(lengths: Sequence[int], max_tokens: int, ranks: int) -> list[list[list[int]]]:
+    """Give every rank its packs of one optimizer step: tokens balanced, equally many packs.
+
+    Sequences go, longest first, to the rank with the fewest tokens, so that ranks differ by at
+    most one sequence; each rank then packs its own (`balance`). Ranks work in lockstep: one with
+    fewer packs splits its largest, and where it has no two sequences left to part, an empty pack
+    stands for the forward that it takes part in without tokens of its own. Deterministic: every
+    rank computes the whole division from the same lengths. With one rank it is `balance`.
+
+    Returns:
+        By rank, packs of sequence indices.
+
+    Raises:
+        ValueError: no ranks.
+    """
+    if ranks < 1:
+        raise ValueError(f"share needs at least one rank, not {ranks}")
+    if ranks == 1:
+        return [balance(lengths, max_tokens)]
+    members: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(ranks), key=lambda r: (loads[r], r))
+        members[rank].append(index)
+        loads[rank] += lengths[index]
+    shares: list[list[list[int]]] = []
+    for mine in members:
+        packs = balance([lengths[index] for index in mine], max_tokens)
+        shares.append([[mine[position] for position in pack] for pack in packs])
+    num_packs = max(len(packs) for packs in shares)
+    for packs in shares:
+        while len(packs) < num_packs:
+            packs.append(_split_largest(packs, lengths))
+    return shares
+
+
+def _split_largest(packs: list[list[int]], lengths: Sequence[int]) -> list[int]:
+    """Take every other sequence from the pack with the most tokens; [] when all are single."""
+    splittable = [pack for pack in packs if len(pack) > 1]
+    if not splittable:
+        return []
+    largest = max(splittable, key=lambda pack: sum(lengths[index] for index in pack))
+    taken = largest[1::2]
+    del largest[1::2]
+    return taken

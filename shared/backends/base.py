@@ -5,7 +5,7 @@ Shapes: T tokens of a packed batch, B sequences in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,14 +33,32 @@ LossFn = Callable[[ForwardOutput, PackedBatch], torch.Tensor]
 
 
 class Backend(Protocol):
-    """Score and train one causal language model.
+    """Score and train one causal language model, on one process or on the ranks of a layout.
 
     The published weights are `state()`: names, dtypes and values that a follower's `load_state`
     turns into the same forward, bit for bit in the same layout.
+
+    On several ranks every method is a collective: all ranks call the same ones in the same order,
+    with the same batches inside one data-parallel share (`docs/backends.md`).
     """
 
     name: str
     dtype: torch.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        ...
+
+    @property
+    def data_rank(self) -> int:
+        """Which data-parallel share of the micro-batches is this process's, from 0."""
+        ...
+
+    @property
+    def data_ranks(self) -> int:
+        """How many shares there are; gradients are summed over them."""
+        ...
 
     def load_hf(self, path: Path) -> None:
         """Load a Hugging Face directory.
@@ -50,12 +68,21 @@ class Backend(Protocol):
         """
         ...
 
-    def export_hf(self, path: Path) -> None: ...
+    def export_hf(self, path: Path) -> None:
+        """Write a Hugging Face directory: published tensors, config, tokenizer; one rank writes."""
+        ...
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the published tensors one at a time, in a fixed order, whatever the layout.
+
+        Every rank must run it to its end.
+        """
+        ...
 
     def state(self) -> Mapping[str, torch.Tensor]:
         """Return the published parameters and buffers by Hugging Face name, tied ones once.
 
-        Live views: clone before keeping.
+        May be live views: clone before keeping.
         """
         ...
 
@@ -77,6 +104,21 @@ class Backend(Protocol):
         """Accumulate gradients of one micro-batch; return the loss value."""
         ...
 
+    def accumulate(
+        self,
+        batches: Sequence[PackedBatch],
+        loss_fn: LossFn,
+        *,
+        temperature: float,
+        with_entropy: bool,
+    ) -> float:
+        """Accumulate gradients of all micro-batches of this rank's share of an optimizer step.
+
+        As `forward_backward` on each in turn, but a pipeline may keep its stages busy with them.
+        Returns the sum of the loss values.
+        """
+        ...
+
     def step(self, lr: float, *, max_grad_norm: float) -> float:
         """Clip, apply one optimizer step, clear gradients; return the gradient norm.
 
@@ -85,7 +127,13 @@ class Backend(Protocol):
         ...
 
     def save(self, path: Path) -> None:
-        """Write weights and optimizer state into a directory."""
+        """Write weights and optimizer state into a directory; one rank writes."""
         ...
 
-    def load(self, path: Path) -> None: ...
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote on any layout of the same backend.
+
+        Raises:
+            ValueError: a file is missing, unreadable, or belongs to another model.
+        """
+        ...

@@ -5,17 +5,17 @@ transformers takes seconds to import: it is imported inside the functions that n
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import re
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from shared.backends.hf_files import HfFiles
+from shared.backends.hf_names import published_places
 from shared.backends.packed_attention import ATTENTION_NAME, register
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
@@ -25,10 +25,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
         ValueError: missing, unreadable, of an unknown or unsupported architecture, or with
             missing, surplus or misshapen tensors; one line.
     """
-    if not path.is_dir():
-        raise ValueError(f"model {path}: no such directory; point model.source at one")
-    if not (path / "config.json").is_file():
-        raise ValueError(f"model {path}: no config.json; it is not a Hugging Face directory")
+    _check_directory(path)
     register()
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -58,54 +55,94 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
                 f"model {path}: {kind.removesuffix('_keys')} tensors for "
                 f"{type(model).__name__}: {shown}"
             )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(
-            f"model {path}: {type(model).__name__} does not take an attention backend of ours"
-        )
+    _check_attention(model, path)
+    check_names(model, path)
     model = model.to(device).eval()
     if dtype == torch.float64:
         widen_norms(model)
     return model
 
 
-def export_model(model: Any, source: Path, path: Path) -> None:
-    """Write a Hugging Face directory: weights and config, plus the source's other files.
+def load_empty(path: Path, *, dtype: torch.dtype) -> Any:
+    """Build the model of a directory's config without its weights, which stay on `meta`.
 
-    Complete or absent: written beside `path`, then renamed.
+    Buffers (rotary frequencies) are real. What is loaded into it tensor by tensor never exists as
+    a whole on one host.
+
+    Raises:
+        ValueError: see `load_model`, its weights apart.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary, safe_serialization=True)
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name == "config.json":
-            continue
-        if not file.name.endswith(WEIGHT_SUFFIXES) and not (temporary / file.name).exists():
-            shutil.copyfile(file, temporary / file.name)
-    _keep_source_config(source / "config.json", temporary / "config.json")
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(temporary, path)
+    _check_directory(path)
+    register()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION_NAME
+            )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"model {path}: {_one_line(error)}") from error
+    _check_attention(model, path)
+    model.tie_weights()
+    return cast("Any", model.eval())
 
 
-def _keep_source_config(source: Path, exported: Path) -> None:
-    """Lay the source's config over the exported one: only the dtype may have changed."""
-    theirs, ours = json.loads(source.read_text()), json.loads(exported.read_text())
-    for key in ("dtype", "torch_dtype"):
-        theirs.pop(key, None)
-    exported.write_text(json.dumps({**ours, **theirs}, indent=2, sort_keys=True) + "\n")
+@contextmanager
+def _parameters_on_meta() -> Generator[None]:
+    """Move each parameter to `meta` as soon as a module registers it; buffers stay real."""
+    plain = torch.nn.Module.register_parameter
+
+    def register_parameter(
+        self: torch.nn.Module, name: str, param: torch.nn.Parameter | None
+    ) -> None:
+        if param is not None and not param.is_meta:
+            param = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        plain(self, name, param)
+
+    torch.nn.Module.register_parameter = register_parameter
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = plain
 
 
-def published_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Return parameters and persistent buffers by name, detached views, tied ones once.
+def _check_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"model {path}: no such directory; point model.source at one")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"model {path}: no config.json; it is not a Hugging Face directory")
 
-    Of tied parameters the first name in the model's order stays. Buffers that are not
-    persistent (rotary frequencies) are functions of the config and not published.
+
+def _check_attention(model: Any, path: Path) -> None:
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            f"model {path}: {type(model).__name__} does not take an attention backend of ours"
+        )
+
+
+def ignored_tensors(model: Any, names: Iterable[str]) -> set[str]:
+    """Return which of the files' tensors the model may leave unread: tied heads, old buffers."""
+    ignored = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ignored -= published_places(model).keys()
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return ignored | {name for name in names if any(re.search(p, name) for p in patterns)}
+
+
+def check_names(model: Any, path: Path) -> None:
+    """Refuse a model whose published names are not those of its files.
+
+    Raises:
+        ValueError: transformers stores it under other names than it keeps it in memory, in a way
+            that `hf_names` does not know.
     """
-    parameters: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=True))
-    every: dict[str, torch.nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
-    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in every}
-    return {name: tensor.detach() for name, tensor in (parameters | buffers).items()}
+    unknown = sorted(published_places(model).keys() - HfFiles(path).names)
+    if unknown:
+        raise ValueError(
+            f"model {path}: {type(model).__name__} has {unknown[0]} in memory, its files do not: "
+            "its layout is not supported"
+        )
 
 
 def widen_norms(model: Any) -> None:

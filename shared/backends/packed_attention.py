@@ -191,4 +191,5 @@ def register() -> None:
     """Make the attention known to transformers under `ATTENTION_NAME`. Idempotent."""
     from transformers import AttentionInterface  # heavy: only where a model is loaded
 
-    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    # uncompiled: its shapes follow every batch's lengths, each would be compiled anew
+    AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(packed_attention))

@@ -1,7 +1,7 @@
 """The training-side model on plain torch: a Hugging Face model over packed sequences.
 
-One process, one device. Learner and oracle use the same class, so that old and current
-log-probs come from the same forward.
+On one device, or sharded over the ranks of a mesh (`fsdp.py`). Learner and oracle use the same
+class, so that old and current log-probs come from the same forward.
 
 Dtypes: parameters, activations and the head's product are in the backend's dtype; logits are
 upcast to at least float32 before log-softmax. bfloat16 trains a float32 master copy that is not
@@ -13,39 +13,48 @@ Shapes: T tokens of a packed batch, N of them whose log-prob is wanted, D hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from shared.algo.batching import PackedBatch
-from shared.algo.logprobs import token_logprobs
+from shared.backends import fsdp
 from shared.backends.adamw import AdamWSettings, MasterAdamW
 from shared.backends.base import ForwardOutput, LossFn
-from shared.backends.hf_model import export_model, load_model, published_tensors
-from shared.backends.last_mlp import LastMlpRows
-from shared.backends.packed_attention import plan_attention, take_rows
-from shared.backends.tensor_files import read_tensors, write_tensors
+from shared.backends.hf_files import HfFiles, write_hf, write_tensors
+from shared.backends.hf_model import ignored_tensors, load_empty, load_model, widen_norms
+from shared.backends.hf_names import Place, owners, published_places, stream, write
+from shared.backends.layer_options import LayerOptions, apply_options
+from shared.backends.packed_attention import plan_attention
+from shared.backends.packed_model import (
+    PackedModel,
+    check_token_ids,
+    on_device,
+    spread,
+    wanted_rows,
+)
 
-WEIGHTS_FILE = "weights.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25}
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    model: Any
+    packed: PackedModel
     source: Path
     optimizer: MasterAdamW
-    last_mlp: LastMlpRows
-    num_vocab: int
+    places: dict[str, Place]
+
+    @property
+    def model(self) -> Any:
+        return self.packed.model
 
 
 class TorchBackend:
-    """Score and train one causal language model on one device (see `base.Backend`)."""
+    """Score and train one causal language model (see `base.Backend`)."""
 
     name = "torch"
 
@@ -55,10 +64,15 @@ class TorchBackend:
         *,
         optimizer: AdamWSettings | None = None,
         device: str = "cpu",
+        options: LayerOptions | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
+        """Hold no model yet; with a `mesh` of one dimension, shard over its ranks."""
         self.dtype = dtype
         self.device = torch.device(device)
         self.settings = optimizer or AdamWSettings()
+        self._options = options or LayerOptions()
+        self._mesh = mesh
         self._loaded: _Loaded | None = None
 
     @property
@@ -70,12 +84,23 @@ class TorchBackend:
     @property
     def num_parameters(self) -> int:
         """Published values."""
-        return sum(tensor.numel() for tensor in self.state().values())
+        held = owners(self._at.model)
+        return sum(held[name].numel() for name in {p.owner for p in self._at.places.values()})
 
     @property
     def vocab_size(self) -> int:
         """Token ids are below it."""
-        return self._at.num_vocab
+        return self._at.packed.num_vocab
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the micro-batches is this process's."""
+        return self._mesh.get_local_rank() if self._mesh else 0
+
+    @property
+    def data_ranks(self) -> int:
+        """How many shares there are."""
+        return self._mesh.size() if self._mesh else 1
 
     def load_hf(self, path: Path) -> None:
         """Load a Hugging Face directory; a fresh optimizer.
@@ -84,24 +109,62 @@ class TorchBackend:
             ValueError: see `hf_model.load_model`, or a model whose logits are more than its
                 head applied to its hidden states (soft-capping, logit scaling); one line.
         """
-        model = load_model(path, dtype=self.dtype, device=self.device)
+        packed = self._load_whole(path) if self._mesh is None else self._load_shards(path)
         loaded = _Loaded(
-            model=model,
+            packed=packed,
             source=path,
-            optimizer=MasterAdamW(dict(model.named_parameters()), self.settings),
-            last_mlp=LastMlpRows(model),
-            num_vocab=int(model.get_output_embeddings().weight.shape[0]),
+            optimizer=MasterAdamW(
+                dict(packed.model.named_parameters()),
+                self.settings,
+                parameters_are_masters=self._keeps_masters,
+            ),
+            places=published_places(packed.model),
         )
-        self._check_head(loaded)
+        if self._mesh is None:
+            self._check_head(loaded)
         self._loaded = loaded
 
+    @property
+    def _keeps_masters(self) -> bool:
+        """Whether the model's parameters are wider than what is published."""
+        return self._mesh is not None and fsdp.master_dtype(self.dtype) != self.dtype
+
+    def _load_whole(self, path: Path) -> PackedModel:
+        packed = PackedModel(load_model(path, dtype=self.dtype, device=self.device))
+        apply_options(packed.model, self._options)
+        return packed
+
+    def _load_shards(self, path: Path) -> PackedModel:
+        assert self._mesh is not None
+        model = load_empty(path, dtype=fsdp.master_dtype(self.dtype))
+        files = HfFiles(path)
+        files.check(fsdp.published_shapes(model), ignored=ignored_tensors(model, files.names))
+        packed = PackedModel(model)
+        apply_options(model, self._options)
+        fsdp.shard(packed, self._mesh, self.dtype)
+        fsdp.allocate(packed, self.device)
+        fsdp.read_weights(model, files, self.dtype)
+        if self.dtype == torch.float64:
+            widen_norms(model)
+        return packed
+
     def export_hf(self, path: Path) -> None:
-        """Write a Hugging Face directory with the source's tokenizer and other files."""
-        export_model(self._at.model, self._at.source, path)
+        """Write a Hugging Face directory with the source's tokenizer and other files.
+
+        Every rank takes part; the first one writes.
+        """
+        write_hf(path, self._at.source, self.stream(), dtype=self.dtype, writes=self.data_rank == 0)
+
+    def stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what `state` holds, one tensor at a time; every rank must run it to its end."""
+        return stream(self._at.model, self._at.places, self.dtype if self._keeps_masters else None)
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """Return live views of the published parameters and buffers, tied ones once."""
-        return published_tensors(self._at.model)
+        """Return the published parameters and buffers, tied ones once.
+
+        Live views on one device, gathered copies where the model is sharded.
+        """
+        return dict(self.stream())
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Replace all weights; the optimizer's moments stay.
@@ -109,27 +172,31 @@ class TorchBackend:
         Raises:
             ValueError: names, shapes or dtypes differ; nothing is written then.
         """
-        own = self.state()
-        for name in own.keys() - state.keys():
+        shapes, held = fsdp.published_shapes(self._at.model), owners(self._at.model)
+        for name in shapes.keys() - state.keys():
             raise ValueError(f"load_state: the model has {name}, the given state does not")
-        for name in state.keys() - own.keys():
+        for name in state.keys() - shapes.keys():
             raise ValueError(f"load_state: the given state has {name}, the model does not")
-        for name, tensor in own.items():
-            given = state[name]
-            if given.shape != tensor.shape or given.dtype != tensor.dtype:
+        for name, place in self._at.places.items():
+            given, dtype = state[name], held[place.owner].dtype
+            if self._keeps_masters and dtype.is_floating_point:
+                dtype = self.dtype
+            if tuple(given.shape) != shapes[name] or given.dtype != dtype:
                 raise ValueError(
                     f"load_state: {name} is {given.dtype} {tuple(given.shape)} in the given "
-                    f"state, {tensor.dtype} {tuple(tensor.shape)} in the model"
+                    f"state, {dtype} {shapes[name]} in the model"
                 )
         with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
+            for name, place in self._at.places.items():
+                write(held[place.owner], place, state[name])
         self._at.optimizer.reload_masters()
 
     def score(self, batch: PackedBatch, *, temperature: float) -> torch.Tensor:
         """Return logprobs_T without gradient (see `base.ForwardOutput` for `loss_mask`)."""
         with torch.no_grad():
-            output = self._forward(self._here(batch), temperature, with_entropy=False)
+            here = on_device(batch, self.device)
+            output = self._forward(here, temperature, with_entropy=False)
+        fsdp.reshard(self._at.packed)
         return output.logprobs_T.to(batch.token_ids_T.device)
 
     def forward_backward(
@@ -137,11 +204,28 @@ class TorchBackend:
     ) -> float:
         """Accumulate gradients of one micro-batch; return the loss value."""
         with torch.enable_grad():
-            here = self._here(batch)
+            here = on_device(batch, self.device)
             loss = loss_fn(self._forward(here, temperature, with_entropy=with_entropy), here)
             if loss.requires_grad:
                 loss.backward()
+        fsdp.reshard(self._at.packed)
         return float(loss.detach())
+
+    def accumulate(
+        self,
+        batches: Sequence[PackedBatch],
+        loss_fn: LossFn,
+        *,
+        temperature: float,
+        with_entropy: bool,
+    ) -> float:
+        """Accumulate gradients of this rank's micro-batches; return their losses' sum."""
+        return sum(
+            self.forward_backward(
+                batch, loss_fn, temperature=temperature, with_entropy=with_entropy
+            )
+            for batch in batches
+        )
 
     def step(self, lr: float, *, max_grad_norm: float) -> float:
         """Clip, step, clear gradients; return the norm before clipping.
@@ -151,67 +235,46 @@ class TorchBackend:
         return self._at.optimizer.step(lr, max_grad_norm=max_grad_norm)
 
     def save(self, path: Path) -> None:
-        """Write weights and optimizer state as safetensors into a directory."""
+        """Write weights and optimizer state as safetensors into a directory.
+
+        Every rank takes part; the first one writes. The files do not depend on the number of ranks.
+        """
         path.mkdir(parents=True, exist_ok=True)
-        write_tensors(path / WEIGHTS_FILE, self.state())
-        write_tensors(path / OPTIMIZER_FILE, self._at.optimizer.state())
+        for stem, tensors in (("weights", self.stream()), ("optimizer", self._optimizer_stream())):
+            if self.data_rank == 0:
+                write_tensors(path, tensors, stem=stem)
+            else:
+                for _ in tensors:
+                    pass
+
+    def _optimizer_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._at.optimizer.stream()
 
     def load(self, path: Path) -> None:
-        """Restore what `save` wrote, bit for bit.
+        """Restore what `save` wrote, bit for bit, on any number of ranks.
 
         Raises:
             ValueError: a file is missing, unreadable, or belongs to another model.
         """
-        weights, moments = (read_tensors(path / f) for f in (WEIGHTS_FILE, OPTIMIZER_FILE))
-        self._at.optimizer.check_state(moments)
-        self.load_state(weights)
-        self._at.optimizer.load_state(moments)
-
-    def _here(self, batch: PackedBatch) -> PackedBatch:
-        if batch.token_ids_T.device == self.device:
-            return batch
-        return PackedBatch(
-            token_ids_T=batch.token_ids_T.to(self.device),
-            positions_T=batch.positions_T.to(self.device),
-            lengths=batch.lengths,
-            per_token={name: x.to(self.device) for name, x in batch.per_token.items()},
-        )
+        weights, moments = HfFiles(path, "weights"), HfFiles(path, "optimizer")
+        self._at.optimizer.check_state(moments.shapes)
+        self.load_state(dict(weights.tensors()))
+        self._at.optimizer.load_state(moments.tensors())
 
     def _forward(
         self, batch: PackedBatch, temperature: float, *, with_entropy: bool
     ) -> ForwardOutput:
-        at, ids_T, positions_T = self._at, batch.token_ids_T, batch.positions_T
-        if not 0 <= int(ids_T.min()) <= int(ids_T.max()) < at.num_vocab:
-            raise ValueError(
-                f"token ids {int(ids_T.min())}..{int(ids_T.max())} are outside the model's "
-                f"vocabulary of {at.num_vocab}"
-            )
-        wanted_T = positions_T > 0
-        mask_T = batch.per_token.get("loss_mask")
-        if mask_T is not None:
-            wanted_T &= mask_T.bool()
-        rows_N = wanted_T.nonzero()[:, 0]
-        hidden_TD = _hidden(at, batch, ids_T, positions_T, at.last_mlp.only(rows_N - 1))
-        head = at.model.get_output_embeddings()
-        logprobs_N, entropy_N = token_logprobs(
-            take_rows(hidden_TD, rows_N - 1),
-            head.weight,
-            ids_T[rows_N],
-            bias_V=head.bias,
-            temperature=temperature,
-            with_entropy=with_entropy,
+        check_token_ids(batch, self.vocab_size)
+        rows_N = wanted_rows(batch)
+        logprobs_N, entropy_N = self._at.packed(
+            batch.token_ids_T, batch.positions_T, batch.lengths, rows_N, temperature, with_entropy
         )
-        zeros_T = logprobs_N.new_zeros(ids_T.shape[0])
-        return ForwardOutput(
-            logprobs_T=zeros_T.index_copy(0, rows_N, logprobs_N),
-            entropy_T=None if entropy_N is None else zeros_T.index_copy(0, rows_N, entropy_N),
-        )
+        return spread(batch, rows_N, logprobs_N, entropy_N)
 
     def _check_head(self, at: _Loaded) -> None:
         """Refuse a model whose logits are not its head applied to the final hidden states."""
-        size = min(5, at.num_vocab)
+        size = min(5, at.packed.num_vocab)
         ids_T = torch.arange(size, device=self.device)
-        batch = PackedBatch(ids_T, ids_T.clone(), (size,))
         rows_N = torch.tensor([size - 1], device=self.device)
         head = at.model.get_output_embeddings()
         with torch.no_grad():
@@ -221,7 +284,7 @@ class TorchBackend:
                 use_cache=False,
                 attention_plan=plan_attention((size,), self.device),
             ).logits[0, -1]
-            hidden_TD = _hidden(at, batch, ids_T, ids_T, at.last_mlp.only(rows_N))
+            hidden_TD = at.packed.hidden(ids_T, ids_T, (size,), rows_N)
             got_V = torch.nn.functional.linear(hidden_TD[rows_N[0]], head.weight, head.bias)
         error = float((want_V.double() - got_V.double()).abs().max())
         tolerance = HEAD_TOLERANCE[self.dtype] * max(1.0, float(got_V.abs().max()))
@@ -230,20 +293,3 @@ class TorchBackend:
                 f"model {at.source}: {type(at.model).__name__} computes logits that are not its "
                 f"head applied to its hidden states (off by {error:.3g}); it is not supported"
             )
-
-
-def _hidden(
-    at: _Loaded,
-    batch: PackedBatch,
-    ids_T: torch.Tensor,
-    positions_T: torch.Tensor,
-    rows: AbstractContextManager[None],
-) -> torch.Tensor:
-    """Return final hidden states [T, D], of which only the rows in scope are meaningful."""
-    with rows:
-        return at.model.base_model(
-            input_ids=ids_T[None],
-            position_ids=positions_T[None],
-            use_cache=False,
-            attention_plan=plan_attention(batch.lengths, ids_T.device),
-        ).last_hidden_state[0]

@@ -78,7 +78,7 @@ class Trainer:
 
     def restore(self, checkpoint: Mapping[str, torch.Tensor]) -> None:
         """Go back to a checkpoint."""
-        self._optimizer.load_state(checkpoint)
+        self._optimizer.load_state(checkpoint.items())
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(checkpoint[f"master/{name}"])

@@ -147,6 +147,15 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from shared.cli import export
+
+    _require_run(arguments.run_dir)
+    version, source = arguments.version_number, arguments.source
+    print(export.run(arguments.run_dir, arguments.out, version=version, source=source))
+    return 0
+
+
 def _check(arguments: argparse.Namespace) -> int:
     from shared.cli.config_cmd import read, validate
 
@@ -241,6 +250,14 @@ def _add_looks(commands: _Commands) -> None:
     explain.add_argument("run_dir", type=Path, nargs="?", default=Path("runs/demo"),
                          help="default: runs/demo")  # fmt: skip
     explain.add_argument("--json", action="store_true", help="every token, see docs/explain.md")
+
+    export = commands.add_parser("export", help="a published version as a Hugging Face directory")
+    export.set_defaults(run=_export)
+    export.add_argument("run_dir", type=Path)
+    export.add_argument("out", type=Path, help="a new directory")
+    export.add_argument("--version", dest="version_number", type=_count, metavar="N",
+                        help="default: the newest")  # fmt: skip
+    export.add_argument("--source", type=Path, help="default: the run's model.source")
 
     config = commands.add_parser("config", help="check or show a values file")
     parts = config.add_subparsers(metavar="check|show", required=True)

@@ -80,6 +80,12 @@ class ModelSection(Section):
     model_id: str = "policy"
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of the published bytes and of the training forward."""
+    recompute: bool = False
+    """Learner: keep one activation per layer and compute the rest again in the backward pass. Less
+    memory, a third more multiplications, the same bits."""
+    compile: bool = False
+    """Learner and oracle: torch.compile each layer. Other bits than without, so one setting for
+    both."""
 
 
 class TaskSection(Section):

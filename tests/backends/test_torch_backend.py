@@ -110,6 +110,29 @@ def test_changing_one_packed_sequence_leaves_the_others_bit_identical(
     assert same == [True] * 4 + [False] + [True] * 3
 
 
+def test_attention_of_a_pack_costs_the_sum_of_squared_lengths(
+    backend32: TorchBackend, monkeypatch: pytest.MonkeyPatch
+):
+    pairs: list[int] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, *rest: torch.Tensor, **options: object) -> torch.Tensor:
+        assert options.get("attn_mask") is None
+        pairs.append(query.shape[0] * query.shape[2] ** 2)
+        return plain(query, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    costs = {}
+    for count, length in ((1, 240), (4, 60), (16, 15)):
+        pairs.clear()
+        batch = pack([np.arange(length) % 37] * count)
+        backend32.score(batch, temperature=1.0)
+        costs[count] = sum(pairs)
+    assert costs[1] == 2 * 240**2
+    assert costs[4] == costs[1] / 4
+    assert costs[16] == costs[1] / 16
+
+
 def test_a_loss_mask_restricts_what_is_computed_not_what_it_is(backend64: TorchBackend, sequences):
     rng = np.random.default_rng(0)
     masks = [rng.random(len(ids)) < 0.4 for ids in sequences]

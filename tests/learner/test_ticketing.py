@@ -85,6 +85,14 @@ def test_the_learning_rate_warms_up_and_decays_linearly(version: int, expected: 
     assert learning_rate(section, version, 11) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("version", "expected"), [(0, 0.5), (1, 1.0), (6, 0.6), (11, 0.2), (3, 0.92360)], ids=str
+)
+def test_a_cosine_schedule_ends_where_the_linear_one_does(version: int, expected: float) -> None:
+    section = OptimizerSection(lr=1.0, schedule="cosine", warmup_versions=1, final_ratio=0.2)
+    assert learning_rate(section, version, 11) == pytest.approx(expected, abs=1e-5)
+
+
 def lease(version: int) -> Lease:
     return Lease(
         role="rollout", pod=f"p{version}", incarnation="i", pid=1, sent_at=0.0, ready=True,

@@ -1,0 +1,1 @@
+"""The training-side model on megatron-core: tensor, pipeline, expert and data parallel."""

@@ -1,0 +1,115 @@
+"""One forward from packed tokens to log-probs and entropies, as a module.
+
+A module of its own because sharding (`fsdp.py`) gathers the parameters of what it calls: head,
+embedding and norm are used inside this forward, where they are whole.
+
+Shapes: T tokens of a packed batch, N of them whose log-prob is wanted, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shared.algo.batching import PackedBatch
+from shared.algo.logprobs import token_logprobs
+from shared.backends.base import ForwardOutput
+from shared.backends.last_mlp import LastMlpRows
+from shared.backends.packed_attention import plan_attention, take_rows
+
+
+class PackedModel(torch.nn.Module):
+    """A transformers causal language model that scores packed tokens."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.last_mlp = LastMlpRows(model)
+        self.num_vocab = int(model.get_output_embeddings().weight.shape[0])
+
+    def forward(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        lengths: tuple[int, ...],
+        rows_N: torch.Tensor,
+        temperature: float,
+        with_entropy: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logprobs_N and entropy_N of the tokens at `rows_N` (none of them a first one)."""
+        hidden_TD = self.hidden(token_ids_T, positions_T, lengths, rows_N - 1)
+        head = self.model.get_output_embeddings()
+        return token_logprobs(
+            take_rows(hidden_TD, rows_N - 1),
+            head.weight,
+            token_ids_T[rows_N],
+            bias_V=head.bias,
+            temperature=temperature,
+            with_entropy=with_entropy,
+        )
+
+    def hidden(
+        self,
+        token_ids_T: torch.Tensor,
+        positions_T: torch.Tensor,
+        lengths: tuple[int, ...],
+        rows_N: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return final hidden states [T, D], of which only the rows `rows_N` are meaningful."""
+        with self.last_mlp.only(rows_N):
+            return self.model.base_model(
+                input_ids=token_ids_T[None],
+                position_ids=positions_T[None],
+                use_cache=False,
+                attention_plan=plan_attention(lengths, token_ids_T.device),
+            ).last_hidden_state[0]
+
+
+def wanted_rows(batch: PackedBatch) -> torch.Tensor:
+    """Return i64[N]: the tokens whose log-prob is computed (see `base.ForwardOutput`)."""
+    wanted_T = batch.positions_T > 0
+    mask_T = batch.per_token.get("loss_mask")
+    if mask_T is not None:
+        wanted_T &= mask_T.bool()
+    return wanted_T.nonzero()[:, 0]
+
+
+def check_token_ids(batch: PackedBatch, num_vocab: int) -> None:
+    """Refuse token ids that the model has no row for.
+
+    Raises:
+        ValueError: names the range found and the vocabulary.
+    """
+    ids_T = batch.token_ids_T
+    if not 0 <= int(ids_T.min()) <= int(ids_T.max()) < num_vocab:
+        raise ValueError(
+            f"token ids {int(ids_T.min())}..{int(ids_T.max())} are outside the model's "
+            f"vocabulary of {num_vocab}"
+        )
+
+
+def spread(
+    batch: PackedBatch,
+    rows_N: torch.Tensor,
+    logprobs_N: torch.Tensor,
+    entropy_N: torch.Tensor | None,
+) -> ForwardOutput:
+    """Lay the computed rows out over the packed tokens, 0 elsewhere."""
+    zeros_T = logprobs_N.new_zeros(batch.token_ids_T.shape[0])
+    return ForwardOutput(
+        logprobs_T=zeros_T.index_copy(0, rows_N, logprobs_N),
+        entropy_T=None if entropy_N is None else zeros_T.index_copy(0, rows_N, entropy_N),
+    )
+
+
+def on_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """Return the batch there; the same object where it already is."""
+    if batch.token_ids_T.device == device:
+        return batch
+    return PackedBatch(
+        token_ids_T=batch.token_ids_T.to(device),
+        positions_T=batch.positions_T.to(device),
+        lengths=batch.lengths,
+        per_token={name: x.to(device) for name, x in batch.per_token.items()},
+    )
