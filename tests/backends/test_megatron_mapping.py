@@ -78,7 +78,7 @@ def test_padded_rows_are_zero_behind_the_last_real_one():
         (Layout(ep=2), CONFIG, "has no experts"),
         (Layout(tp=4), {**CONFIG, "vocab_size": 20}, "vocab_size 20"),
         (Layout(sp=True), CONFIG, "sp needs tp"),
-        (Layout(tp=2), MOE, "need sp"),
+        (Layout(tp=2, sp=True), MOE, "experts with tp 2"),
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(layout, config, names: str):

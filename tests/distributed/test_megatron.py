@@ -23,7 +23,7 @@ LAYOUTS = {
     "one": (1, {}, (*DENSE, "qwen3_moe")),
     "dp2": (2, {}, ("qwen3_tied", "llama")),
     "tp2": (2, {"tp": 2}, DENSE),
-    "tp2_sp": (2, {"tp": 2, "sp": True}, (*DENSE, "qwen3_moe")),
+    "tp2_sp": (2, {"tp": 2, "sp": True}, DENSE),
     "pp2": (2, {"pp": 2}, DENSE),
     "pp2_dp2": (4, {"pp": 2}, ("qwen3_tied",)),
     "tp2_pp2": (4, {"tp": 2, "pp": 2}, ("qwen3_tied",)),

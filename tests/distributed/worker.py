@@ -34,7 +34,11 @@ def main() -> None:
     module, _, function = case.partition(":")
     sys.path.insert(0, str(Path(__file__).parent))
     getattr(import_module(module), function)(arguments)
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # gloo threads of subgroups may outlive the interpreter's end and abort it
+    os._exit(0)
 
 
 if __name__ == "__main__":
