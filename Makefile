@@ -169,6 +169,8 @@ bench-envs: $(DEMO) ## env steps per second and memory of 200 concurrent episode
 
 $(AGENTS): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) agents-test
+	@# for the template texts that it ships; nothing of it is imported
+	@$(BIN)/python -m pip install --quiet --no-deps trl==1.16.0
 	@touch $@
 
 test-agents: $(AGENTS) ## against the real datasets and pydantic-ai packages
