@@ -60,7 +60,9 @@ demo-frozen_lake: demo-$(ENGINE)
 
 # The base is made once, within the demo's ten minutes, and depends on what it is made of.
 $(RETAIL_BASE)/config.json: $(wildcard examples/retail_tools/*.py) examples/retail_tools/chat_template.jinja | $(DEMO)
-	$(RUN) $(BIN)/python examples/retail_tools/make_base.py --out $(RETAIL_BASE)
+	rm -rf $(RETAIL_BASE) $(RETAIL_BASE).partial
+	$(RUN) $(BIN)/python examples/retail_tools/make_base.py --out $(RETAIL_BASE).partial
+	mv $(RETAIL_BASE).partial $(RETAIL_BASE)
 
 demo-retail_tools: $(DEMO) $(RETAIL_BASE)/config.json
 	$(BIN)/lagwise demo --config examples/retail_tools/values.yaml --run-dir runs/demo-retail_tools \
@@ -71,7 +73,9 @@ demo-torch: $(DEMO)
 
 # vLLM's attention on CPUs knows no heads of size 24: the same policy with heads of 32.
 $(VLLM_BASE)/config.json: | $(DEMO)
-	$(RUN) $(BIN)/python examples/frozen_lake/make_base.py --out $(VLLM_BASE) --head-dim 32
+	rm -rf $(VLLM_BASE) $(VLLM_BASE).partial
+	$(RUN) $(BIN)/python examples/frozen_lake/make_base.py --out $(VLLM_BASE).partial --head-dim 32
+	mv $(VLLM_BASE).partial $(VLLM_BASE)
 
 demo-vllm: $(DEMO) $(VLLM) $(VLLM_BASE)/config.json
 	LAGWISE_ROLLOUT_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/lagwise demo --seed $(SEED) \

@@ -9,10 +9,15 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from shared.runtime import nats_server as server_module
 from shared.runtime.memory_bus import MemoryBus
 from shared.wire.subjects import Subjects
+
+# A busy machine is slow to draw examples; the per-test timeout bounds a hang.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 class RunningServer:

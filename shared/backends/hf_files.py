@@ -38,7 +38,10 @@ class HfFiles:
         self._open: dict[str, Any] = {}
         single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         if (path / index).is_file():
-            weight_map = json.loads((path / index).read_text())["weight_map"]
+            try:
+                weight_map = json.loads((path / index).read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: {index} is no index of tensors: {error!r}") from error
             self._file_of = cast("dict[str, str]", weight_map)
         elif (path / single).is_file():
             self._file_of = dict.fromkeys(self._handle(single).keys(), single)
@@ -188,6 +191,48 @@ def write_tensors(
         os.replace(parts[number], folder / file)
         weight_map.update(dict.fromkeys(names, file))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(
-        json.dumps(index, indent=2, sort_keys=True) + "\n"
-    )
+    with (folder / f"{stem}.safetensors.index.json").open("w") as file:
+        file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_checkpoint(
+    folder: Path,
+    streams: Mapping[str, Iterable[tuple[str, torch.Tensor]]],
+    *,
+    writes: bool,
+) -> None:
+    """Write a backend's streams, by stem; every rank runs each to its end, one writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, tensors in streams.items():
+        if writes:
+            write_tensors(folder, tensors, stem=stem)
+        else:
+            for _ in tensors:
+                pass
+
+
+def check_given(
+    state: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
+    """Compare a state that is to replace a model's with what the model holds.
+
+    Args:
+        state: by published name.
+        wanted: shape and dtype, by published name.
+
+    Raises:
+        ValueError: names both sides of the first disagreement.
+    """
+    for name in wanted.keys() - state.keys():
+        raise ValueError(f"load_state: the model has {name}, the given state does not")
+    for name in state.keys() - wanted.keys():
+        raise ValueError(f"load_state: the given state has {name}, the model does not")
+    for name, (shape, dtype) in wanted.items():
+        given = state[name]
+        if tuple(given.shape) != shape or given.dtype != dtype:
+            raise ValueError(
+                f"load_state: {name} is {given.dtype} {tuple(given.shape)} in the given "
+                f"state, {dtype} {shape} in the model"
+            )

@@ -25,7 +25,7 @@ from shared.algo.batching import PackedBatch
 from shared.backends import fsdp
 from shared.backends.adamw import AdamWSettings, MasterAdamW
 from shared.backends.base import ForwardOutput, LossFn
-from shared.backends.hf_files import HfFiles, write_hf, write_tensors
+from shared.backends.hf_files import HfFiles, check_given, write_checkpoint, write_hf
 from shared.backends.hf_model import ignored_tensors, load_empty, load_model, widen_norms
 from shared.backends.hf_names import Place, owners, published_places, stream, write
 from shared.backends.layer_options import LayerOptions, apply_options
@@ -173,19 +173,12 @@ class TorchBackend:
             ValueError: names, shapes or dtypes differ; nothing is written then.
         """
         shapes, held = fsdp.published_shapes(self._at.model), owners(self._at.model)
-        for name in shapes.keys() - state.keys():
-            raise ValueError(f"load_state: the model has {name}, the given state does not")
-        for name in state.keys() - shapes.keys():
-            raise ValueError(f"load_state: the given state has {name}, the model does not")
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, place in self._at.places.items():
-            given, dtype = state[name], held[place.owner].dtype
-            if self._keeps_masters and dtype.is_floating_point:
-                dtype = self.dtype
-            if tuple(given.shape) != shapes[name] or given.dtype != dtype:
-                raise ValueError(
-                    f"load_state: {name} is {given.dtype} {tuple(given.shape)} in the given "
-                    f"state, {dtype} {shapes[name]} in the model"
-                )
+            dtype = held[place.owner].dtype
+            narrowed = self._keeps_masters and dtype.is_floating_point
+            wanted[name] = (shapes[name], self.dtype if narrowed else dtype)
+        check_given(state, wanted)
         with torch.no_grad():
             for name, place in self._at.places.items():
                 write(held[place.owner], place, state[name])
@@ -239,16 +232,8 @@ class TorchBackend:
 
         Every rank takes part; the first one writes. The files do not depend on the number of ranks.
         """
-        path.mkdir(parents=True, exist_ok=True)
-        for stem, tensors in (("weights", self.stream()), ("optimizer", self._optimizer_stream())):
-            if self.data_rank == 0:
-                write_tensors(path, tensors, stem=stem)
-            else:
-                for _ in tensors:
-                    pass
-
-    def _optimizer_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._at.optimizer.stream()
+        streams = {"weights": self.stream(), "optimizer": self._at.optimizer.stream()}
+        write_checkpoint(path, streams, writes=self.data_rank == 0)
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote, bit for bit, on any number of ranks.

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from safetensors.torch import save_file
 
 from shared.cli.bench_async_ideal import Engine, ideal_gain
+from shared.cli.bench_random_weights import random_weights
 from shared.cli.records import load
 from shared.runtime.errors import ConfigError
 from shared.wire.telemetry import StepReport
@@ -39,6 +39,8 @@ IN_PLAY = {"synchronous": (SLOTS + 2, GROUPS * GROUP_SIZE), "asynchronous": (SLO
 STALENESS = {"synchronous": 0, "asynchronous": 2}
 SKIPPED = 2
 """Versions until a run is in its stride."""
+ORDERS = 2
+"""In which the episodes of a version are imagined to begin, for the ideal."""
 LIMIT = 0.8
 
 MODEL: dict[str, Any] = {
@@ -93,9 +95,8 @@ def reward_at(side: Side, at_s: float) -> float:
 def compare(sync: Side, asynchronous: Side, engine: Engine, in_play: int) -> dict[str, Any]:
     """Return one row of the table."""
     random = np.random.default_rng(0)
-    batches = [
-        random.permutation(b).tolist() for b in (*sync.batches, *asynchronous.batches) for _ in "12"
-    ]
+    played = [*sync.batches, *asynchronous.batches] * ORDERS
+    batches = [random.permutation(batch).tolist() for batch in played]
     gain = asynchronous.tokens_per_s / sync.tokens_per_s
     ideal = ideal_gain(batches, engine, in_play, sync.train_s)
     end = min(sync.rewards[-1][0], asynchronous.rewards[-1][0])
@@ -122,13 +123,7 @@ def make_model(folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(MODEL))
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) * 0.05
-        for name, shape in published_shapes(MODEL).items()
-    }
+    state = random_weights(published_shapes(MODEL), 0.05)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -13,13 +13,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from services.rollout.engine import SampleSpec
 from services.rollout.vllm_engine import VllmEngine
 from services.rollout.vllm_options import ServerOptions
 from services.rollout.vllm_port import Sync
 from services.rollout.vllm_server import DTYPES, VllmServer
+from shared.cli.bench_random_weights import random_weights
 from shared.wire.trajectory import SamplingParams
 
 TURNS = 4
@@ -34,7 +33,7 @@ async def measure(
     engine = VllmEngine(server, dtype=dtype, context_tokens=options.context_tokens, sync=Sync())
     await engine.start()
     try:
-        await engine.update(0, _weights(server), None)
+        await engine.update(0, random_weights(server.shapes, 0.02), None)
         rates: dict[int, float] = {}
         for count in concurrent:
             spent = [
@@ -45,16 +44,6 @@ async def measure(
         return rates
     finally:
         await engine.close()
-
-
-def _weights(server: VllmServer) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) * 0.02
-        for name, shape in server.shapes.items()
-    }
 
 
 async def _spent_s(server: VllmServer, count: int, turn_tokens: int, name: str) -> float:

@@ -34,6 +34,7 @@ from services.rollout.vllm_options import ServerOptions
 from services.rollout.vllm_plain import plain_update_s
 from services.rollout.vllm_port import Mode, Sync
 from services.rollout.vllm_server import VllmServer
+from shared.cli.bench_random_weights import random_weights
 from shared.runtime import nats_server
 from shared.runtime.context import Context
 from shared.runtime.logs import Log, configure
@@ -272,14 +273,7 @@ def make_model(model: str, folder: Path) -> tuple[Path, State]:
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))
-    generator = torch.Generator().manual_seed(0)
-    state = {
-        name: torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) * 0.02
-        for name, shape in published_shapes(raw).items()
-    }
-    return folder, state
+    return folder, random_weights(published_shapes(raw), 0.02)
 
 
 def judge(results: Iterable[dict[str, Any]]) -> list[str]:

@@ -67,7 +67,9 @@ class Qwen3Shape:
             raise ValueError("attention_bias is not part of this layout")
         try:
             num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
-            num_experts = config["num_experts"] if kind == "qwen3_moe" else 0
+            # The models' authors write the first name, transformers 5 the second.
+            key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+            num_experts = config[key] if kind == "qwen3_moe" else 0
             dense_only = set(cast("list[int]", config.get("mlp_only_layers") or ()))
             every = config.get("decoder_sparse_step", 1)
             return cls(

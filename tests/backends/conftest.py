@@ -15,7 +15,7 @@ VOCAB, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 37, 32, 4, 2, 8, 2
 ROPE_THETA, EPS = 10_000.0, 1e-6
 
 
-settings.register_profile("torch", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("torch", settings.get_profile("suite"), max_examples=60, derandomize=True)
 settings.load_profile("torch")
 
 

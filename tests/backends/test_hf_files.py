@@ -118,3 +118,10 @@ def test_an_empty_model_has_the_names_and_buffers_of_a_loaded_one(tmp_path: Path
     assert torch.equal(rotary, backend._at.model.model.rotary_emb.inv_freq)
     assert owners(empty).keys() == owners(backend._at.model).keys()
     assert dict(stream(backend._at.model, published_places(backend._at.model))).keys()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"metadata": {}}'])
+def test_an_index_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of tensors"):
+        HfFiles(tmp_path)

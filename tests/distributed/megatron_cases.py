@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import both_cases
 import torch
-import torch.distributed as dist
+from both_cases import train, write
 from models import BETAS, EPS, TEMPERATURE, packs
-from torch_cases import train, write
 
 from shared.backends.adamw import AdamWSettings
 from shared.backends.megatron.backend import MegatronBackend
@@ -45,28 +46,8 @@ def parameters_after_steps(arguments: dict[str, Any]) -> None:
         write(out, f"oracle{number}.safetensors", {"oracle": theirs, "learner": ours})
 
 
-def save_and_load(arguments: dict[str, Any]) -> None:
-    """Two steps, a checkpoint, a third step; then the third step again from the checkpoint."""
-    out, (path, seed) = arguments["out"], arguments["runs"][0]
-    backend = open_backend(arguments, path)
-    train(backend, seed, range(2))
-    backend.save(Path(out) / "checkpoint")
-    dist.barrier()
-    train(backend, seed, range(2, 3))
-    write(out, "straight.safetensors", dict(backend.state()))
-    again = open_backend(arguments, path)
-    again.load(Path(out) / "checkpoint")
-    train(again, seed, range(2, 3))
-    write(out, "resumed.safetensors", dict(again.state()))
-
-
-def continue_from(arguments: dict[str, Any]) -> None:
-    """A third step from a checkpoint of another layout."""
-    out, (path, seed) = arguments["out"], arguments["runs"][0]
-    backend = open_backend(arguments, path)
-    backend.load(Path(arguments["checkpoint"]))
-    train(backend, seed, range(2, 3))
-    write(out, "resumed.safetensors", dict(backend.state()))
+save_and_load = partial(both_cases.save_and_load, open_backend)
+continue_from = partial(both_cases.continue_from, open_backend)
 
 
 def refusal(arguments: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,16 @@ class Run:
         process = self.live(pod)
         assert process is not None
         process.send_signal(signal.SIGKILL)
+
+    def kill_in_turn(self, pods: Sequence[str], *, every: int = 2, first: int = 0) -> None:
+        """Kill the first from version `first` on, the others each `every` versions later.
+
+        A kill waits until the supervisor has restarted the one before.
+        """
+        for number, pod in enumerate(pods):
+            self.until(lambda due=first + every * number: self.version() >= due, 120)
+            self.kill(pod)
+            self.until(lambda n=number: len(self.events("restart")) > n, 30)
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)

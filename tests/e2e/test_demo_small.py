@@ -28,10 +28,7 @@ def test_the_demo_kills_a_rollout_recovers_and_the_audit_agrees(start) -> None:
 def test_one_kill_of_every_target_in_one_run_loses_and_repeats_nothing(start) -> None:
     versions = 2 * len(EVERY_TARGET)
     run = start("up", "--config", str(EXAMPLE), "--audit", "300", *small(versions))
-    for number, pod in enumerate(EVERY_TARGET):
-        run.until(lambda due=2 * number: run.version() >= due, 120)
-        run.kill(pod)
-        run.until(lambda n=number: len(run.events("restart")) > n, 30)
+    run.kill_in_turn(EVERY_TARGET)
     assert run.wait(240) == 0, run.output()
     assert_sound(run.summary(), versions)
     assert {e["pod"] for e in run.events("restart")} >= set(EVERY_TARGET)

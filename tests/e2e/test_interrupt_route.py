@@ -19,10 +19,7 @@ def test_one_kill_of_every_target_leaves_every_old_logit_exact(start, tmp_path: 
     config = tmp_path / "interrupt.yaml"
     config.write_text(yaml.safe_dump(values))
     run = start("up", "--config", str(config), "--audit", "300", *small(VERSIONS))
-    for number, pod in enumerate(TARGETS):
-        run.until(lambda due=2 * number: run.version() >= due, 120)
-        run.kill(pod)
-        run.until(lambda n=number: len(run.events("restart")) > n, 30)
+    run.kill_in_turn(TARGETS)
     assert run.wait(240) == 0, run.output()
     summary = run.summary()
     assert_sound(summary, VERSIONS)

@@ -28,10 +28,7 @@ def test_the_fence_holds_on_vllm_with_a_pod_and_an_env_killed(
     config = tmp_path / "vllm.yaml"
     config.write_text(yaml.safe_dump(values))
     run = start("up", "--config", str(config), "--audit", "300", *small(VERSIONS))
-    for number, pod in enumerate(TARGETS):
-        run.until(lambda due=2 * number + 1: run.version() >= due, 120)
-        run.kill(pod)
-        run.until(lambda n=number: len(run.events("restart")) > n, 30)
+    run.kill_in_turn(TARGETS, first=1)
     assert run.wait(240) == 0, run.output()
     summary = run.summary()
     assert_sound(summary, VERSIONS)

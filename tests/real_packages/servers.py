@@ -22,14 +22,26 @@ def task(index: int = 0, split: str = "train", seed: int = 1, **payload: object)
 @contextmanager
 def serving(script: str, *arguments: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A server script of this folder on a free port, until the end of the block."""
+    port = free_port()
+    command = [sys.executable, str(FOLDER / script), str(port), *arguments]
+    with running(command, port) as process:
+        yield port, process
+
+
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, str(FOLDER / script), str(port), *arguments], stderr=subprocess.DEVNULL
-    )
+        return free.getsockname()[1]
+
+
+@contextmanager
+def running(
+    command: list[str], port: int, folder: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command that serves `port`, once it does, until the end of the block."""
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
     try:
         _wait(port, process)
-        yield port, process
+        yield process
     finally:
         process.kill()
         process.wait()

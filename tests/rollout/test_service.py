@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from services.rollout import engine_host
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import EngineDead, SampleResult, SampleSpec
+from services.rollout.qwen3_weights import cast_digest
 from services.rollout.service import make_engine, serve
 from services.rollout.torch_engine import TorchEngine
 from shared.runtime.config import load
@@ -151,6 +154,29 @@ async def test_heartbeats_flow_while_a_request_runs(world: World) -> None:
         kinds = world.kinds("r")
         assert kinds[0] == "accepted"
         assert set(kinds[1:-1]) == {"heartbeat"}
+
+
+async def test_heartbeats_flow_while_a_versions_digest_is_computed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, begun, goes_on = asyncio.Event(), threading.Event(), threading.Event()
+
+    def slowly(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> str:
+        begun.set()
+        assert goes_on.wait(20), "the event loop stood still"
+        return cast_digest(state, dtype)
+
+    async with world.pod(make=slow(gate)) as context:
+        monkeypatch.setattr(engine_host, "cast_digest", slowly)
+        await world.ask(make_request())
+        await world.publish_seed(1)
+        await eventually(begun.is_set)
+        before = world.kinds("r").count("heartbeat")
+        await eventually(lambda: world.kinds("r").count("heartbeat") >= before + 3)
+        assert context.version == 0, "nothing is swapped before its digest is known"
+        goes_on.set()
+        gate.set()
+        await eventually(lambda: context.version == 1)
 
 
 async def test_a_request_that_arrives_twice_while_running_is_answered_once(world: World) -> None:

@@ -28,6 +28,17 @@ def test_configs_of_other_layouts_are_refused(config: dict[str, Any], words: str
         Qwen3Shape.of(config)
 
 
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts"])
+def test_experts_are_counted_under_either_name(key: str) -> None:
+    config = {
+        "model_type": "qwen3_moe", "vocab_size": 70, "hidden_size": 8, "intermediate_size": 16,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "moe_intermediate_size": 8,
+    }  # fmt: skip
+    assert Qwen3Shape.of({**config, key: 4}).num_experts == 4
+    with pytest.raises(ValueError, match="'num_experts' is missing"):
+        Qwen3Shape.of(config)
+
+
 def test_models_that_do_not_divide_among_the_ranks_are_refused() -> None:
     with pytest.raises(ValueError, match=r"8 heads and 2 key-value heads .* among 3 ranks"):
         qwen3_layout(DENSE, 0, 3)

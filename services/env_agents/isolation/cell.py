@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from services.env_agents.environment import ActsOnAnswers, Environment, EnvironmentLost
 from services.env_agents.isolation import frames, plain
-from services.env_agents.isolation.confinement import CellLimits
+from services.env_agents.isolation.confinement import CellLimits, release_reserve
 from shared.wire.messages import TaskRef
 
 LONGEST_ERROR = 2000
@@ -47,6 +47,7 @@ class _Cell:
         except EnvironmentLost as error:
             return {"lost": str(error)[:LONGEST_ERROR]}
         except MemoryError:
+            release_reserve()  # what leaked is still held: without it no answer could be built
             mebibytes = self._limits.memory_bytes >> 20
             return {"error": f"MemoryError: beyond isolation.memory_mb ({mebibytes} MiB)"}
         except (Exception, SystemExit) as error:  # noqa: BLE001 - any fault costs only this episode

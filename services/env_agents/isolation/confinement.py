@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+RESERVE_BYTES = 4 << 20
+"""Address space kept back until the limit was hit, so that there is room to say so."""
+
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -41,10 +44,16 @@ def adopt_orphans() -> None:
 def confine(limits: CellLimits) -> None:
     """Set the resource limits of this process and of all that it starts."""
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _lower(resource.RLIMIT_AS, held + limits.memory_bytes)
+    _lower(resource.RLIMIT_AS, held + limits.memory_bytes, RESERVE_BYTES)
     _lower(resource.RLIMIT_CORE, 0)
     if limits.cpu_s:
         _lower(resource.RLIMIT_CPU, max(1, round(limits.cpu_s)))
+
+
+def release_reserve() -> None:
+    """Allow what was kept back, after the environment has used up its own."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
 def children(pid: int) -> Iterator[int]:
@@ -74,10 +83,12 @@ def more_descendants_than(pid: int, bound: int) -> bool:
     return False
 
 
-def _lower(what: int, value: int) -> None:
+def _lower(what: int, value: int, reserve: int = 0) -> None:
     _, hard = resource.getrlimit(what)
-    bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(what, (bound, bound))
+    bound = value + reserve
+    if hard != resource.RLIM_INFINITY:
+        bound = min(bound, hard)
+    resource.setrlimit(what, (bound - reserve, bound))
 
 
 def _prctl(option: int, argument: int) -> None:

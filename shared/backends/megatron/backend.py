@@ -21,7 +21,7 @@ import torch.distributed as dist
 from shared.algo.batching import PackedBatch
 from shared.backends.adamw import AdamWSettings
 from shared.backends.base import ForwardOutput, LossFn
-from shared.backends.hf_files import HfFiles, write_hf, write_tensors
+from shared.backends.hf_files import HfFiles, check_given, write_checkpoint, write_hf
 from shared.backends.megatron import core, cpu
 from shared.backends.megatron.building import Ranks, build_model, open_ranks, transformer_config
 from shared.backends.megatron.layout import Layout, Shape
@@ -136,17 +136,7 @@ class MegatronBackend:
             ValueError: names, shapes or dtypes differ; nothing is written then.
         """
         shapes = self._at.weights.shapes
-        for name in shapes.keys() - state.keys():
-            raise ValueError(f"load_state: the model has {name}, the given state does not")
-        for name in state.keys() - shapes.keys():
-            raise ValueError(f"load_state: the given state has {name}, the model does not")
-        for name, shape in shapes.items():
-            given = state[name]
-            if tuple(given.shape) != shape or given.dtype != self.dtype:
-                raise ValueError(
-                    f"load_state: {name} is {given.dtype} {tuple(given.shape)} in the given "
-                    f"state, {self.dtype} {shape} in the model"
-                )
+        check_given(state, {name: (shape, self.dtype) for name, shape in shapes.items()})
         for entry in self._at.weights.entries:
             self._at.weights.write(entry, state)
         self._at.optimizer.reload_masters()
@@ -193,16 +183,8 @@ class MegatronBackend:
 
     def save(self, path: Path) -> None:
         """Write weights and optimizer state by Hugging Face name; the first rank writes."""
-        path.mkdir(parents=True, exist_ok=True)
-        for stem, tensors in (
-            ("weights", self.stream()),
-            ("optimizer", self._at.optimizer.stream()),
-        ):
-            if dist.get_rank() == 0:
-                write_tensors(path, tensors, stem=stem)
-            else:
-                for _ in tensors:
-                    pass
+        streams = {"weights": self.stream(), "optimizer": self._at.optimizer.stream()}
+        write_checkpoint(path, streams, writes=dist.get_rank() == 0)
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote, on this or another layout.

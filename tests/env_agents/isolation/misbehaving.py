@@ -43,6 +43,15 @@ class Misbehaving:
             case "leak":
                 while True:
                     BLOCKS.append(bytearray(16 << 20))
+            case "leak to the last byte":
+                size = 16 << 20
+                while size > 16:
+                    try:
+                        while True:
+                            BLOCKS.append(bytearray(size))
+                    except MemoryError:
+                        size //= 2
+                raise MemoryError
             case "raise":
                 raise ZeroDivisionError("as asked")
             case "exit":

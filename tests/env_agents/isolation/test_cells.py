@@ -48,6 +48,7 @@ async def test_an_episode_is_the_same_as_without_a_process(tmp_path: Path) -> No
         ("raise", "ZeroDivisionError: as asked"),
         ("exit", "SystemExit: 3"),
         ("leak", r"MemoryError: beyond isolation\.memory_mb \(64 MiB\)"),
+        ("leak to the last byte", r"MemoryError: beyond isolation\.memory_mb \(64 MiB\)"),
         ("flood", r"an observation of 2097\d+ bytes, isolation\.max_message_bytes is 1048576"),
     ],
 )
