@@ -31,7 +31,7 @@ RELEASE_NAME ?= lagwise-test
 NAMESPACE ?= lagwise-test
 
 .PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean \
-	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm demo-frozen_lake demo-retail_tools images push test-images test-cluster bench-envs test-envs test-agents test-distributed fidelity
+	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm demo-frozen_lake demo-retail_tools images push test-images test-cluster test-control-plane bench-envs test-envs test-agents test-distributed fidelity
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -95,7 +95,7 @@ bench-routes: $(DEMO) ## every old-logit route against the exact answer: hours, 
 	$(RUN) $(BIN)/python -m shared.cli.bench_routes $(ROUTES_ARGS)
 
 test: $(DEV) ## the default suite, without the kill matrix
-	$(RUN) $(BIN)/python -m pytest -m "not chaos and not chart and not chart_run and not vllm and not distributed" -n $(TEST_JOBS) $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -m "not chaos and not chart and not chart_run and not vllm and not distributed and not cluster" -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 $(S3): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) s3-test
@@ -147,6 +147,10 @@ test-images: ## build the images and run them hardened (docker or podman)
 
 test-cluster: $(CHART) $(TOOLS) ## install, upgrade, scale, uninstall on a real cluster (KUBECONFIG=, REGISTRY=)
 	$(RUN) RELEASE=$(RELEASE_NAME) NAMESPACE=$(NAMESPACE) scripts/test_cluster.sh
+
+test-control-plane: $(CHART) $(TOOLS) ## the same on a control plane built here, with processes as pods (builds for 10 minutes once)
+	scripts/control_plane.sh
+	$(RUN) $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 test-vllm: $(VLLM) $(DEV) $(VLLM_BASE)/config.json ## the engine contract and what only vLLM has, on real engines (4 minutes)
 	$(RUN) LAGWISE_TEST_ENGINES=vllm $(VLLM_VENV)/bin/python -m pytest \

@@ -20,7 +20,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from shared.runtime import nats_server
 from tests.charts.rendering import ROOT, Object, component_of, pod_spec
@@ -67,10 +67,12 @@ class Container:
             )  # fmt: skip
 
     def _keep(self) -> None:
-        """restartPolicy: Always."""
+        """Start it again whenever it ends, unless the pod's restartPolicy is Never."""
         while not self._stopping.wait(0.2):
             if self.process.poll() is not None:
                 self.exits.append(self.process.returncode)
+                if self.pod.spec.get("restartPolicy") == "Never":
+                    return
                 time.sleep(1.0)
                 if not self._stopping.is_set():
                     self._start()
@@ -137,10 +139,24 @@ class Container:
             return self.process.wait(), True
 
 
+class Host(Protocol):
+    """What pods run on."""
+
+    folder: Path
+    """Holds the pods' folders and the claims' volumes."""
+    nats_ports: dict[int, int]
+    addresses: dict[str, str]
+    """Texts of rendered files that stand for something else here."""
+
+    def find(self, kind: str, name: str) -> Any:
+        """Return a ConfigMap or a Secret."""
+        ...
+
+
 class Pod:
     """A pod of a rendered workload; its folder holds its volumes and logs."""
 
-    def __init__(self, cluster: LocalPods, owner: Object, name: str) -> None:
+    def __init__(self, cluster: Host, owner: Object, name: str) -> None:
         self.cluster, self.owner, self.name = cluster, owner, name
         self.spec = pod_spec(owner)
         self.component = component_of(owner)
@@ -173,14 +189,18 @@ class Pod:
         for name in claims:
             volumes[name] = self.cluster.folder / "claims" / f"{name}-{self.name}"
         for volume in self.spec.get("volumes", []):
-            volumes[volume["name"]] = self.folder / "volumes" / volume["name"]
+            if claim := volume.get("persistentVolumeClaim"):
+                folder = self.cluster.folder / "claims" / claim["claimName"]
+            else:
+                folder = self.folder / "volumes" / volume["name"]
+            volumes[volume["name"]] = folder
         for path in volumes.values():
             path.mkdir(parents=True, exist_ok=True)
         return volumes
 
     def _fill(self, container: Object) -> None:
         """Write the files of ConfigMaps and Secrets that the container mounts."""
-        mounts = {m["name"] for m in container["volumeMounts"]}
+        mounts = {m["name"] for m in container.get("volumeMounts", [])}
         for volume in self.spec.get("volumes", []):
             if volume["name"] not in mounts:
                 continue
@@ -196,7 +216,8 @@ class Pod:
 
     def translate(self, text: str, container: Object) -> str:
         """Mount paths to folders, service names to addresses; in one pass."""
-        mounts = {m["mountPath"]: str(self._volumes[m["name"]]) for m in container["volumeMounts"]}
+        mounted = container.get("volumeMounts", [])
+        mounts = {m["mountPath"]: str(self._volumes[m["name"]]) for m in mounted}
         swaps = {**mounts, **self.cluster.addresses}
         ordered = sorted(swaps, key=len, reverse=True)
         pattern = "|".join(rf"(?<![\w/.-]){re.escape(key)}(?![\w-])" if key.startswith("/")
@@ -227,7 +248,8 @@ class Pod:
         if source is None:
             return _expand(self.translate(str(entry.get("value", "")), container), environment)
         if "fieldRef" in source:
-            return {"metadata.name": self.name, "metadata.namespace": "default"}[
+            namespace = self.owner["metadata"].get("namespace", "default")
+            return {"metadata.name": self.name, "metadata.namespace": namespace}[
                 source["fieldRef"]["fieldPath"]
             ]
         reference = source["secretKeyRef"]
