@@ -241,11 +241,12 @@ def test_two_releases_share_no_object_and_no_namespace_is_written():
     for variant in VARIANTS:
         if "fullnameOverride" in VARIANTS[variant]:
             continue
-        a, b = (
-            {(o["kind"], o["metadata"]["name"]) for o in render(VARIANTS[variant], release=r)}
-            for r in ("a", "b")
-        )
-        assert not a & b
+        for releases in (("a", "b"), ("a" * 52 + "b", "a" * 52 + "c")):
+            a, b = (
+                {(o["kind"], o["metadata"]["name"]) for o in render(VARIANTS[variant], release=r)}
+                for r in releases
+            )
+            assert not a & b
         for item in rendered(variant):
             assert "namespace" not in item["metadata"]
     assert "namespace" not in (CHART / "values.yaml").read_text().replace(

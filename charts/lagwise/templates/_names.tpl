@@ -4,15 +4,14 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* <release>-lagwise, or the release's name when it says lagwise already; room for a suffix. */}}
+{{/* <release>-lagwise, or the release's name when it says lagwise already. At most 40 characters, room
+     for a suffix; a longer one ends in a digest of the whole, so that no two releases share it. */}}
 {{- define "lagwise.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
-{{- else if contains (include "lagwise.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
-{{- else -}}
-{{- printf "%s-%s" .Release.Name (include "lagwise.name" .) | trunc 40 | trimSuffix "-" -}}
+{{- $name := .Values.fullnameOverride | default (ternary .Release.Name (printf "%s-%s" .Release.Name (include "lagwise.name" .)) (contains (include "lagwise.name" .) .Release.Name)) -}}
+{{- if gt (len $name) 40 -}}
+{{- $name = printf "%s-%s" ($name | trunc 31 | trimSuffix "-") ($name | sha256sum | trunc 8) -}}
 {{- end -}}
+{{- $name | trimSuffix "-" -}}
 {{- end -}}
 
 {{/* A role as Kubernetes spells it: env_agents -> env-agents. */}}
