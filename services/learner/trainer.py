@@ -96,7 +96,7 @@ class Trainer:
                 loss_fn = watched = _Watched(loss, step)
             self._backend.accumulate(
                 micros,
-                _or_not_finite(loss_fn),
+                or_not_finite(loss_fn),
                 temperature=self._temperature,
                 with_entropy=self._policy_loss.needs_entropy,
             )
@@ -145,7 +145,7 @@ class Trainer:
         scalars |= {f"last_{name}": value for name, value in reported.items()}
 
 
-def _or_not_finite(loss_fn: LossFn) -> LossFn:
+def or_not_finite(loss_fn: LossFn) -> LossFn:
     """Let a loss that is not finite have such a gradient: over all ranks its step is skipped."""
 
     def checked(output: ForwardOutput, batch: PackedBatch) -> torch.Tensor:

@@ -51,8 +51,13 @@ def _up(arguments: argparse.Namespace) -> int:
         values = values.with_replicas("rollout", arguments.rollouts)
     run_dir = arguments.run_dir or Path("runs") / values.common().run.name
     exists = (run_dir / "run.json").exists()
-    if arguments.resume and not exists:
+    if arguments.resume == "must" and not exists:
         raise ConfigError(f"--resume: {run_dir} is no run folder; leave the flag out to start one")
+    if arguments.resume == "never" and exists:
+        raise ConfigError(
+            f"--resume never: {run_dir} has a run; go on with --resume auto, keep it aside with "
+            "--fresh, or choose another --run-dir"
+        )
     request = Request(
         values=values,
         run_dir=run_dir,
@@ -202,7 +207,10 @@ def _add_runs(commands: _Commands) -> None:
     up.add_argument("--run-dir", type=Path, help="default: runs/<run.name>")
     up.add_argument("--audit", type=_count, default=0, metavar="TOKENS", help="audit at the end")
     which = up.add_mutually_exclusive_group()
-    which.add_argument("--resume", action="store_true", help="insist on an existing run folder")
+    which.add_argument("--resume", nargs="?", const="must", default="auto",
+                       choices=("auto", "never", "must"),
+                       help="auto: go on with the folder's run, or start one; never: refuse a folder "
+                       "that has one; must (--resume alone): refuse one that has none")  # fmt: skip
     which.add_argument("--fresh", action="store_true", help="keep an existing run aside")
     _add_settings(up)
 
