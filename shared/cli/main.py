@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -139,6 +140,29 @@ def _audit(arguments: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from shared.cli.processes import QUIET_ENVIRONMENT
+
+    for name, value in QUIET_ENVIRONMENT.items():  # before torch: the threads of the run's learner
+        os.environ.setdefault(name, value)
+    from shared.cli import replay
+
+    _require_run(arguments.run_dir)
+    result = replay.run(
+        arguments.run_dir,
+        versions=arguments.versions,
+        start=arguments.start,
+        overrides=arguments.set,
+        progress=_tell_version if sys.stderr.isatty() else lambda version: None,
+    )
+    print(replay.line(result))
+    return 1 if result.problem else 0
+
+
+def _tell_version(version: int) -> None:
+    sys.stderr.write(f"\rversion {version}\r")
+
+
 def _explain(arguments: argparse.Namespace) -> int:
     from shared.cli import explain
 
@@ -209,8 +233,8 @@ def _add_runs(commands: _Commands) -> None:
     which = up.add_mutually_exclusive_group()
     which.add_argument("--resume", nargs="?", const="must", default="auto",
                        choices=("auto", "never", "must"),
-                       help="auto: go on with the folder's run, or start one; never: refuse a folder "
-                       "that has one; must (--resume alone): refuse one that has none")  # fmt: skip
+                       help="auto: go on with the folder's run, or start one; never: refuse a "
+                       "folder with a run; must (or no word): refuse one without")  # fmt: skip
     which.add_argument("--fresh", action="store_true", help="keep an existing run aside")
     _add_settings(up)
 
@@ -251,6 +275,15 @@ def _add_looks(commands: _Commands) -> None:
     audit.add_argument("--tokens", type=_count, default=2400)
     audit.add_argument("--seed", type=int, default=0, help="of the choice of tokens")
     audit.add_argument("--json", action="store_true")
+
+    replay = commands.add_parser("replay", help="train again from the archive, compare digests")
+    replay.set_defaults(run=_replay)
+    replay.add_argument("run_dir", type=Path)
+    replay.add_argument("--versions", type=_count, metavar="N", help="up to this one")
+    replay.add_argument("--from", dest="start", type=_count, default=0, metavar="N",
+                        help="begin with the run's checkpoint of this version")  # fmt: skip
+    replay.add_argument("--set", action="append", default=[], metavar="A.B=C",
+                        help="override a setting, such as where model.source is now")  # fmt: skip
 
     explain = commands.add_parser("explain", help="one trajectory, token by token")
     explain.set_defaults(run=_explain)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import zlib
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -68,13 +70,13 @@ class CrashingBus(MemoryBus):
         return seq
 
 
-def save_model(path: Path) -> Path:
+def save_model(path: Path, seed: int = 0) -> Path:
     """Write a model of one layer and 32 tokens; return its directory."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=32,
         hidden_size=16,
@@ -177,7 +179,14 @@ async def players(server: MemoryServer, laggard: str = "") -> AsyncIterator[None
 
 async def learn(server: MemoryServer, config: LearnerConfig, incarnation: str,
                 crash_at: tuple[str, int, str] | None) -> bool:  # fmt: skip
-    """Run one learner process; return whether it crashed."""
+    """Run one learner process; return whether it crashed.
+
+    Each has other global random numbers: nothing that is trained may depend on them.
+    """
+    seed = zlib.crc32(incarnation.encode())
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
     bus = CrashingBus(Subjects("crash"), server)
     bus.crash_at, bus.seen = crash_at, Counter()
     context = Context("learner", "learner-0", incarnation, bus, Log("learner"))
