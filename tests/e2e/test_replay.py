@@ -1,4 +1,4 @@
-"""`lagwise replay` of a run of real services, in a process that is told nothing of their threads."""
+"""`lagwise replay` of a run of real services, by a process that knows nothing of their threads."""
 
 from __future__ import annotations
 

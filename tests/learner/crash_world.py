@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from services.learner.config import (
 )
 from services.learner.service import serve
 from shared.runtime.algo_section import AlgoSection
-from shared.runtime.bus import Bus
+from shared.runtime.bus import Bus, Record, StreamState
 from shared.runtime.context import Context
 from shared.runtime.errors import Conflict
 from shared.runtime.logs import Log
@@ -39,7 +40,7 @@ from shared.wire.base import Array
 from shared.wire.codec import content_digest, decode, encode
 from shared.wire.journal import JournalEntry
 from shared.wire.messages import Layout, Score, SequenceScore, Terminal, Ticket, VersionScore
-from shared.wire.subjects import Subjects
+from shared.wire.subjects import StreamName, Subjects
 from shared.wire.weights import Manifest
 from tests.learner import make
 
@@ -51,23 +52,56 @@ class Crash(BaseException):
 
 
 class CrashingBus(MemoryBus):
-    """Dies before or after the n-th append to a kind of subject."""
+    """Dies before or after the n-th append to a kind of subject, or at its n-th call of any."""
 
-    crash_at: tuple[str, int, str] | None = None
-    seen: Counter[str]
+    def __init__(
+        self, server: MemoryServer, crash_at: tuple[str, int, str] | int | None = None
+    ) -> None:
+        super().__init__(Subjects("crash"), server)
+        self.crash_at = crash_at
+        self.seen: Counter[str] = Counter()
+        self.died = asyncio.Event()
 
     async def append(self, subject: str, payload: bytes, **options: object) -> int:
+        self._called()
         kind = subject.split(".")[2]
         if kind == "journal":
             kind = decode(payload, JournalEntry).body.kind
         self.seen[kind] += 1
-        due = self.crash_at is not None and self.crash_at[:2] == (kind, self.seen[kind])
-        if due and self.crash_at and self.crash_at[2] == "before":
-            raise Crash
+        due = isinstance(self.crash_at, tuple) and self.crash_at[:2] == (kind, self.seen[kind])
+        if due and isinstance(self.crash_at, tuple) and self.crash_at[2] == "before":
+            self._die()
         seq = await super().append(subject, payload, **options)  # type: ignore[arg-type]
         if due:
-            raise Crash
+            self._die()
+        self._called()
         return seq
+
+    async def last(self, subject: str) -> Record | None:
+        self._called()
+        return await super().last(subject)
+
+    async def get(self, stream: StreamName, seq: int) -> Record | None:
+        self._called()
+        return await super().get(stream, seq)
+
+    async def stream_state(self, stream: StreamName) -> StreamState:
+        self._called()
+        return await super().stream_state(stream)
+
+    async def put_control(self, key: str, payload: bytes) -> None:
+        self._called()
+        await super().put_control(key, payload)
+        self._called()
+
+    def _called(self) -> None:
+        self.seen["calls"] += 1
+        if self.seen["calls"] == self.crash_at or self.died.is_set():
+            self._die()
+
+    def _die(self) -> NoReturn:
+        self.died.set()
+        raise Crash
 
 
 def save_model(path: Path, seed: int = 0) -> Path:
@@ -178,7 +212,7 @@ async def players(server: MemoryServer, laggard: str = "") -> AsyncIterator[None
 
 
 async def learn(server: MemoryServer, config: LearnerConfig, incarnation: str,
-                crash_at: tuple[str, int, str] | None) -> bool:  # fmt: skip
+                crash_at: tuple[str, int, str] | int | None) -> bool:  # fmt: skip
     """Run one learner process; return whether it crashed.
 
     Each has other global random numbers: nothing that is trained may depend on them.
@@ -187,16 +221,22 @@ async def learn(server: MemoryServer, config: LearnerConfig, incarnation: str,
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    bus = CrashingBus(Subjects("crash"), server)
-    bus.crash_at, bus.seen = crash_at, Counter()
+    bus = CrashingBus(server, crash_at)
     context = Context("learner", "learner-0", incarnation, bus, Log("learner"))
-    crashed = False
+    serving = asyncio.create_task(serve(context, config))
+    dying = asyncio.create_task(bus.died.wait())
     try:
-        async with asyncio.timeout(60):
-            await serve(context, config)
-    except* Crash:
-        crashed = True
-    return crashed
+        await asyncio.wait({serving, dying}, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+        if not bus.died.is_set():
+            assert serving.done()
+            await serving
+    finally:
+        for task in (serving, dying):
+            task.cancel()
+        await asyncio.wait({serving, dying})
+    if bus.died.is_set() and serving.done() and not serving.cancelled():
+        serving.exception()  # it is dead: nobody hears what it says
+    return bus.died.is_set()
 
 
 async def journal_of(server: MemoryServer) -> list[JournalEntry]:
