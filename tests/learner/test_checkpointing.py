@@ -8,12 +8,13 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.learner import checkpoint
+from services.learner import checkpoint, checkpoint_writer
 from services.learner.checkpoint import CheckpointStore
 from services.learner.checkpoint_files import Checkpoint
 from services.learner.config import LearnerConfig
@@ -45,6 +46,28 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
+class AtOnce:
+    """An executor without a thread: what is begun is done."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(call(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def shutdown(self, *, wait: bool) -> None: ...
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is on the disk when a learner dies does not depend on how fast a thread was."""
+    monkeypatch.setattr(checkpoint_writer, "ThreadPoolExecutor", AtOnce)
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -72,6 +95,7 @@ def skipped(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "checkpoint_skipped"]
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("damage", DAMAGES)
 async def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     damage: str, model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -95,6 +119,7 @@ async def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(
     assert kept == ["v000002", f"v{NUM_VERSIONS:06d}"]
 
 
+@pytest.mark.usefixtures("at_once")
 async def test_with_every_checkpoint_damaged_it_begins_at_the_model_that_the_run_began_with(
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -122,6 +147,7 @@ async def test_with_every_checkpoint_damaged_it_begins_at_the_model_that_the_run
     assert {v: after[v] for v in before} == before
 
 
+@pytest.mark.usefixtures("at_once")
 async def test_checkpoints_of_a_run_that_is_gone_from_the_bus_are_not_this_one_s(
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,6 +220,7 @@ async def test_what_the_loop_paid_and_what_the_thread_needed_are_reported_apart(
     assert max(s["checkpoint_write_s"] for s in scalars) >= 0.2
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("versions", [2, 20])
 async def test_a_full_disk_stops_the_run_in_one_line_and_a_restart_goes_on(
     versions: int, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
