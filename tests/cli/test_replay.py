@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,22 +12,27 @@ import pytest
 
 from services.learner.config import LearnerConfig
 from shared.cli import replay
-from shared.cli.archive import STREAMS, ArchivedStream, ArchiveWriter, Record, read_stream
+from shared.cli.archive import ArchivedStream, ArchiveWriter, Record, read_stream
 from shared.cli.main import main
-from shared.runtime.bus import Record as BusRecord
 from shared.runtime.errors import ConfigError
-from shared.runtime.memory_bus import MemoryBus
 from shared.runtime.memory_server import MemoryServer
 from shared.wire.base import Array
 from shared.wire.codec import decode, encode
 from shared.wire.messages import Score, Terminal
-from shared.wire.subjects import Subjects
 from shared.wire.trajectory import Trajectory
-from tests.learner.crash_world import NUM_VERSIONS, config_for, learn, players, save_model
+from tests.learner.crash_world import (
+    NUM_VERSIONS,
+    archive,
+    config_for,
+    learn,
+    players,
+    save_model,
+)
+from tests.learner.interrupt_world import World
 
 ROUTES = (
     "oracle", "snapshot_old", "ewma_prox", "ppo_ewma_async", "interp_prox_loglinear",
-    "current_recompute", "rollout",
+    "interp_prox_linear", "current_recompute", "rollout",
 )  # fmt: skip
 
 
@@ -38,8 +44,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def recorded(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the default route that ended in order."""
-    import asyncio
-
     run_dir = tmp_path_factory.mktemp("recorded")
     asyncio.run(record(config_for(model_dir, run_dir), run_dir))
     return run_dir
@@ -57,21 +61,6 @@ async def record(config: LearnerConfig, run_dir: Path) -> None:
     async with players(server):
         assert not await learn(server, config, "first", None)
     await archive(server, run_dir)
-
-
-async def archive(server: MemoryServer, run_dir: Path) -> None:
-    """Write what a recorder would have; the sequences have a gap."""
-    bus = MemoryBus(Subjects("crash"), server)
-    writer = ArchiveWriter(run_dir / "archive")
-    for name in STREAMS:
-        end = (await bus.stream_state(name)).last_seq
-        records = [await bus.get(name, seq) for seq in range(1, end + 1)]
-        writer.append(name, [of(r) for r in records if r])
-    writer.close()
-
-
-def of(record: BusRecord) -> Record:
-    return Record(record.seq, record.subject, record.payload, record.stored_at)
 
 
 def rewrite(
@@ -99,6 +88,18 @@ async def test_every_route_comes_to_the_published_bytes_again(
     assert (result.versions, result.problem) == (NUM_VERSIONS, "")
 
 
+async def test_route_interrupt_is_replayed_from_the_scores_that_its_fences_stored(
+    tmp_path: Path,
+) -> None:
+    async with World(tmp_path, 3) as world:
+        for role in ("learner", "rollout", "env_agents"):
+            world.start(role)
+        assert not await world.learned()
+        await archive(world.server, tmp_path, "fence")
+    result = await in_thread(tmp_path)
+    assert (result.versions, result.problem) == (3, "")
+
+
 async def test_a_run_whose_learning_rate_changed_on_the_way_is_replayed_with_both(
     model_dir: Path, tmp_path: Path
 ) -> None:
@@ -121,8 +122,6 @@ async def test_a_run_whose_learning_rate_changed_on_the_way_is_replayed_with_bot
 
 
 async def in_thread(run_dir: Path, *overrides: str) -> replay.Replayed:
-    import asyncio
-
     return await asyncio.to_thread(replay.run, run_dir, overrides=overrides)
 
 

@@ -22,6 +22,8 @@ from services.learner.config import (
     OptimizerSection,
 )
 from services.learner.service import serve
+from shared.cli.archive import STREAMS, ArchiveWriter, archive_dir
+from shared.cli.archive import Record as Archived
 from shared.runtime.algo_section import AlgoSection
 from shared.runtime.bus import Bus, Record, StreamState
 from shared.runtime.context import Context
@@ -254,3 +256,16 @@ async def digests_of(server: MemoryServer) -> dict[int, str]:
     manifests = [entry for entry in published if isinstance(entry, Manifest)]
     assert [m.version for m in manifests] == list(range(len(manifests)))
     return {m.version: m.digest for m in manifests}
+
+
+async def archive(server: MemoryServer, run_dir: Path, run: str = "crash") -> None:
+    """Write what a recorder would have written by now."""
+    bus = MemoryBus(Subjects(run), server)
+    writer = ArchiveWriter(archive_dir(run_dir))
+    for name in STREAMS:
+        end = (await bus.stream_state(name)).last_seq
+        kept = [await bus.get(name, seq) for seq in range(1, end + 1)]
+        writer.append(name, [Archived(r.seq, r.subject, r.payload, r.stored_at) for r in kept if r])
+    left = await bus.subjects_of("tickets", f"{bus.subjects.prefix}.ticket.>")
+    writer.write_tickets_final([subject.rpartition(".")[2] for subject in left])
+    writer.close()

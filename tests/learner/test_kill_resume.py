@@ -18,11 +18,10 @@ import yaml
 
 from services.learner.config import LearnerConfig
 from shared.cli import ledger, records, replay
-from shared.cli.archive import STREAMS, ArchiveWriter, Record, archive_dir
+from shared.cli.archive import archive_dir
 from shared.cli.recording import Recording
 from shared.runtime.bus import Bus
 from shared.runtime.logs import Log
-from shared.runtime.memory_bus import MemoryBus
 from shared.runtime.memory_server import MemoryServer
 from shared.runtime.nats_bus import connect
 from shared.runtime.sections import BusSection
@@ -30,7 +29,15 @@ from shared.wire.codec import decode
 from shared.wire.subjects import Subjects
 from shared.wire.weights import Manifest
 from tests.learner import killed_learner
-from tests.learner.crash_world import config_for, digests_of, learn, play, players, save_model
+from tests.learner.crash_world import (
+    archive,
+    config_for,
+    digests_of,
+    learn,
+    play,
+    players,
+    save_model,
+)
 
 KILLS = 20
 SUBJECTS = Subjects("crash")
@@ -75,15 +82,7 @@ async def test_a_learner_that_dies_at_twenty_random_calls_to_the_bus_repeats_and
             known = published
         assert not await learn(server, config, "the last life", None)
     assert deaths > KILLS // 2, "it was done too early for most of the kills"
-    bus = MemoryBus(SUBJECTS, server)
-    writer = ArchiveWriter(archive_dir(tmp_path))
-    for name in STREAMS:
-        end = (await bus.stream_state(name)).last_seq
-        kept = [await bus.get(name, seq) for seq in range(1, end + 1)]
-        writer.append(name, [Record(r.seq, r.subject, r.payload, r.stored_at) for r in kept if r])
-    left = await bus.subjects_of("tickets", f"{SUBJECTS.prefix}.ticket.>")
-    writer.write_tickets_final([subject.rpartition(".")[2] for subject in left])
-    writer.close()
+    await archive(server, tmp_path)
     await asyncio.to_thread(assert_sound, tmp_path, 12)
 
 
