@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from services.learner.checkpoint_files import Checkpoint, Facts, read, seal, sync
+from services.learner.checkpoint_files import FACTS_FILE, Checkpoint, Facts, read, seal, sync
 from shared.backends.base import Snapshot
 from shared.runtime.errors import Fatal
 from shared.runtime.logs import Log
+
+_NAME = re.compile(r"v\d{6,}")
+"""Anything else in the folder is somebody's copy, and none of our business."""
 
 
 class Carries(Protocol):
@@ -41,9 +45,11 @@ class CheckpointStore:
         self._known, self._damaged = [], []
         for left in self._folder.glob(".v*.partial"):
             shutil.rmtree(left, ignore_errors=True)
-        for path in sorted(self._folder.glob("v[0-9]*")):
+        for path in sorted(p for p in self._folder.glob("v*") if _NAME.fullmatch(p.name)):
             try:
                 found = read(path)
+                if path.name != _name(found.version):
+                    raise ValueError(f"{FACTS_FILE}: it is of version {found.version}")
             except ValueError as error:
                 self._skip(path, str(error))
                 continue
@@ -70,8 +76,8 @@ class CheckpointStore:
         Raises:
             Fatal: the disk is full or not writable; nothing half-written is left in place.
         """
-        final = self._folder / f"v{facts.version:06d}"
-        partial = self._folder / f".v{facts.version:06d}.partial"
+        final = self._folder / _name(facts.version)
+        partial = self._folder / f".{final.name}.partial"
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -97,3 +103,7 @@ class CheckpointStore:
     def _skip(self, path: Path, reason: str) -> None:
         self._damaged.append(path)
         self._log.warning("checkpoint_skipped", path=str(path), reason=reason)
+
+
+def _name(version: int) -> str:
+    return f"v{version:06d}"

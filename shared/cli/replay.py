@@ -180,7 +180,7 @@ def _provide_checkpoint(run_dir: Path, version: int, folder: Path) -> None:
     try:
         read_checkpoint(path).check()
     except ValueError as error:
-        there = ", ".join(sorted(p.name[1:].lstrip("0") for p in path.parent.glob("v[0-9]*")))
+        there = ", ".join(str(int(p.name[1:])) for p in sorted(path.parent.glob("v" + 6 * "[0-9]")))
         raise ConfigError(
             f"--from {version}: checkpoint {path}: {error}; there are: {there or 'none'}"
         ) from error

@@ -79,6 +79,17 @@ def test_versions_are_ordered_by_number_not_by_name(tmp_path: Path) -> None:
     assert [c.version for c in store(tmp_path).all()] == [999_999, 1_000_000]
 
 
+def test_copies_that_somebody_made_are_neither_used_nor_deleted(tmp_path: Path) -> None:
+    save(store(tmp_path), 5)
+    for name in ("v000005.bak", "vacation"):
+        shutil.copytree(tmp_path / "checkpoints/v000005", tmp_path / "checkpoints" / name)
+    shutil.copytree(tmp_path / "checkpoints/v000005", tmp_path / "checkpoints/v000007")
+    checkpoints = store(tmp_path)
+    assert [c.path.name for c in checkpoints.all()] == ["v000005"]
+    save(checkpoints, 10)
+    assert on_disk(tmp_path) == ["v000005", "v000005.bak", "v000010", "vacation"]
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
     save(checkpoints, 5)

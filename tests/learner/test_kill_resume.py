@@ -77,13 +77,37 @@ async def test_a_learner_that_dies_at_twenty_random_calls_to_the_bus_repeats_and
     async with players(server):
         for number in range(KILLS):
             deaths += await learn(server, config, f"life {number}", rng.randint(1, 150))
-            published = await digests_of(server) if "manifests" in str(server.streams) else {}
+            published = await digests_of(server) if server.streams else {}
             assert {v: published[v] for v in known} == known, "a version changed its bytes"
             known = published
         assert not await learn(server, config, "the last life", None)
     assert deaths > KILLS // 2, "it was done too early for most of the kills"
     await archive(server, tmp_path)
     await asyncio.to_thread(assert_sound, tmp_path, 12)
+
+
+@pytest.mark.chaos
+async def test_a_learner_that_dies_at_any_call_to_the_bus_is_continued(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """Every one of them in turn, each in a run of its own."""
+    calls, outcome = 0, dict[int, str]()
+    while calls < 1000:
+        calls += 1
+        server = MemoryServer()
+        config = long(model_dir, tmp_path / str(calls), 3, "ppo_ewma_async")
+        async with players(server):
+            if not await learn(server, config, "first", calls):
+                break
+            before = await digests_of(server) if server.streams else {}
+            assert not await learn(server, config, "second", None)
+        outcome = await digests_of(server)
+        assert {v: outcome[v] for v in before} == before, calls
+        assert list(outcome) == [0, 1, 2, 3], calls
+        await archive(server, tmp_path / str(calls))
+        book = ledger.of_run(records.load(tmp_path / str(calls)))
+        assert not book.problems, calls
+    assert 100 < calls < 1000
 
 
 class Learners:
