@@ -56,10 +56,12 @@ class EvalSection(Section):
 
 
 class CheckpointSection(Section):
-    """What a restart can go back to."""
+    """What a restart can go back to. Written beside training, one at a time."""
 
     every_versions: int = Field(default=5, gt=0)
+    """While one is still being written, the next waits for the step after it."""
     keep: int = Field(default=2, gt=0)
+    """A damaged newest one is skipped, and the one before it used: 1 leaves nothing to go to."""
 
 
 class LearnerSection(Section):
@@ -74,6 +76,9 @@ class LearnerSection(Section):
     at_end: Literal["exit", "wait"] = "exit"
     """After the last version: end the process, or stay until told to stop (a cluster would start
     it again for ever)."""
+    max_skipped_steps: int = Field(default=10, ge=0)
+    """A loss or gradient that is not finite skips its optimizer step; more than so many in a row
+    stop the run."""
     sync_wait_s: float = Field(default=30.0, gt=0)
     """Longest delay of a publication for rollouts that are behind."""
     shadow_every: int = Field(default=1, gt=0)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from services.learner.checkpoint import CheckpointStore
+from services.learner.checkpoint_files import Facts
+from services.learner.checkpointing import Checkpointing
 from services.learner.config import LearnerConfig
 from services.learner.credit import make_credit
 from services.learner.decision import decide_batch
@@ -23,6 +23,7 @@ from services.learner.fencing import FenceReport, Fencing
 from services.learner.journal_log import JournalLog
 from services.learner.positions import Positions
 from services.learner.publication import Publication
+from services.learner.skips import SkipBound
 from services.learner.staging import CompleteGroup, Scored
 from services.learner.step_inputs import StepInputs
 from services.learner.step_report import headline, step_report
@@ -71,8 +72,11 @@ class Learner:
         self._fencing = fencing
         self._fence_report: FenceReport | None = None
         """Of the step under way."""
-        self._store = CheckpointStore(
-            Path(config.run.dir) / "checkpoints", config.learner.checkpoint.keep, context.log
+        self._checkpoints = Checkpointing(
+            config,
+            (backend, inputs),
+            context.log,
+            on_complete=lambda oldest: journal.state.forget_batches(oldest),
         )
         self._trainer = Trainer(
             backend,
@@ -88,7 +92,7 @@ class Learner:
         self._previous: dict[str, torch.Tensor] = {}
         """The head's tensors right after a restart: base of the first delta."""
         self._wait_s = 0.0
-        self._checkpoint_s = 0.0
+        self._skips = SkipBound(config.learner.max_skipped_steps)
         self._reported = 0
         """Newest version whose report is on the log."""
         self.version = 0
@@ -98,18 +102,12 @@ class Learner:
     @property
     def retained_versions(self) -> list[int]:
         """Versions of the checkpoints a restart may go back to."""
-        return [checkpoint.version for checkpoint in self._store.all()] or [0]
+        return self._checkpoints.retained_versions
 
     @property
     def floors(self) -> dict[str, int]:
         """Stream -> lowest sequence that a retained checkpoint may still need; {} = all."""
-        checkpoints = self._store.all()
-        if not checkpoints:
-            return {}
-        return {
-            name: min(c.floors.get(name, 0) for c in checkpoints)
-            for name in ("terminals", "scores")
-        }
+        return self._checkpoints.floors
 
     # --- start
     async def take_over(self) -> None:
@@ -119,18 +117,46 @@ class Learner:
             Fatal: the run cannot be continued; the reason names what disagrees.
             Fenced: another learner is at work.
         """
+        await self.begin()
+        while await self.execute_again():
+            pass
+        await self._publication.hold()
+        await check_own_publication(
+            self._context.bus, self._backend, self._context, self._config.weights
+        )
+        self._desk.admission.version = self.version
+        await self._positions.start_at_end()
+        await self._recovery.adopt_open_tickets()
+        if self._fencing is not None:
+            await self._fencing.resume(self.version)
+        self._context.set_version(self.version)
+
+    async def begin(self) -> None:
+        """Stand at the newest usable checkpoint, or at version 0, as the journal's writer.
+
+        Raises:
+            Fatal: the run cannot be continued; the reason names what disagrees.
+            Fenced: another learner is at work.
+        """
         num_entries = await self._journal.replay()
         state = self._journal.state
+        self._checkpoints.store.open(self._run)
         checkpoint = None
         model_digest = state.run.model_digest if state.run else state_digest(self._backend)
         if state.run is not None:
             checkpoint = await asyncio.to_thread(
-                load_newest, self._store, self._backend, self._context, model_digest
+                load_newest,
+                self._checkpoints.store,
+                self._backend,
+                model_digest,
+                load=self._load,
+                reload=lambda: self._backend.load_hf(Path(self._config.model.source)),
             )
-        self.version = checkpoint.version if checkpoint else 0
-        self.optimizer_steps = checkpoint.optimizer_steps if checkpoint else 0
         if checkpoint is not None:
-            await asyncio.to_thread(self._inputs.load, checkpoint.path)
+            self.version = checkpoint.version
+            self._checkpoints.restored(checkpoint.version)
+            self.optimizer_steps = checkpoint.facts.optimizer_steps
+            self._skips.in_a_row = checkpoint.facts.skips_in_a_row
         await self._journal.write(
             RunStarted(
                 incarnation=self._context.incarnation,
@@ -149,19 +175,23 @@ class Learner:
         )
         await self._commit(self.version)
         await self._inputs.start()
-        while (batch := state.batches.get(self.version)) is not None:
-            self._previous = {n: t.clone() for n, t in self._backend.state().items()}
-            await self._execute(batch, await self._recovery.members(batch), replay=True)
-        await self._publication.hold()
-        await check_own_publication(
-            self._context.bus, self._backend, self._context, self._config.weights
-        )
-        self._desk.admission.version = self.version
-        await self._positions.start_at_end()
-        await self._recovery.adopt_open_tickets()
-        if self._fencing is not None:
-            await self._fencing.resume(self.version)
-        self._context.set_version(self.version)
+
+    async def execute_again(self) -> bool:
+        """Execute the journalled batch that leaves the present version; False: there is none."""
+        batch = self._journal.state.batches.get(self.version)
+        if batch is None:
+            return False
+        self._previous = {n: t.clone() for n, t in self._backend.state().items()}
+        await self._execute(batch, await self._recovery.members(batch), replay=True)
+        return True
+
+    def close(self) -> None:
+        """Let go of the writing thread."""
+        self._checkpoints.close()
+
+    def _load(self, folder: Path) -> None:
+        self._backend.load(folder)
+        self._inputs.load(folder)
 
     async def _last_report(self) -> int:
         record = await self._context.bus.last(self._context.bus.subjects.stats("step"))
@@ -194,8 +224,7 @@ class Learner:
         After a clean stop nothing has to be replayed, so that a changed learning rate may resume.
         """
         state = self._journal.state
-        if self.version not in self.retained_versions:
-            await self._checkpoint()
+        await self._checkpoints.finish(self.version, self._facts)
         if self.complete and not self.finished:
             unfinished = tuple(
                 t.ticket_id for t in state.open_tickets.values() if t.purpose == "train"
@@ -219,6 +248,7 @@ class Learner:
         waiting_since = time.perf_counter()
         while not self._context.stop.is_set():
             self._desk.changed.clear()
+            self._checkpoints.settle()
             if self._config.admission.on_stale == "drop":
                 await self._desk.drop_stale()
             groups = await self._fenced_groups() if self._fencing else self._desk.next_groups()
@@ -266,6 +296,7 @@ class Learner:
                 seed=batch.seed,
                 compare=prepared.compare,
             )
+        self._skips.observe(batch.version, outcome.grad_norms)
         old = prepared.old
         self.optimizer_steps += outcome.optimizer_steps
         await self._inputs.stepped(batch.version + 1, outcome)
@@ -294,7 +325,8 @@ class Learner:
             )
             self._reported = self.version
             self._context.log.info("version", version=self.version, **headline(report.scalars))
-        self._checkpoint_s = await self._maybe_checkpoint(replay=replay)
+        if not replay:
+            await self._checkpoints.step(self.version, self._facts)
 
     async def _commit(self, version: int) -> Published | None:
         result = await self._publication.commit(
@@ -306,25 +338,21 @@ class Learner:
         self._previous = {}
         return result if isinstance(result, Published) else None
 
-    async def _maybe_checkpoint(self, *, replay: bool) -> float:
-        last = self.version == self._config.learner.versions
-        due = last or self.version % self._config.learner.checkpoint.every_versions == 0
-        return await self._checkpoint() if due and not replay else 0.0
-
-    async def _checkpoint(self) -> float:
-        started = time.perf_counter()
-        await asyncio.to_thread(
-            partial(
-                self._store.save,
-                (self._backend, self._inputs),
-                version=self.version,
-                digest=state_digest(self._backend),
-                optimizer_steps=self.optimizer_steps,
-                floors=self._positions.floors(self._desk),
-            )
+    def _facts(self) -> Facts:
+        return Facts(
+            run=self._run,
+            version=self.version,
+            digest=self._publication.head_digest,
+            optimizer_steps=self.optimizer_steps,
+            floors=self._positions.floors(self._desk),
+            skips_in_a_row=self._skips.in_a_row,
         )
-        self._journal.state.forget_batches(min(self.retained_versions))
-        return time.perf_counter() - started
+
+    @property
+    def _run(self) -> str:
+        """The run's identity: incarnation of the process that began it."""
+        run = self._journal.state.run
+        return self._context.incarnation if run is None else run.incarnation
 
     def _report(
         self,
@@ -335,6 +363,7 @@ class Learner:
         times: tuple[float, float],
     ) -> StepReport:
         dispatched, self._desk.dispatched_lengths = self._desk.dispatched_lengths, []
+        self._context.count("skipped_steps", outcome.scalars["skipped_steps"])
         self._context.count("trained_tokens", outcome.scalars["tokens_trained"])
         self._context.count("trained_trajectories", len(members))
         self._context.count("optimizer_steps", outcome.optimizer_steps)
@@ -348,7 +377,7 @@ class Learner:
             dispatched_lengths=dispatched,
             further={
                 "wait_s": self._wait_s,
-                "checkpoint_s": self._checkpoint_s,
+                **self._checkpoints.scalars(),
                 "outstanding_groups": float(len(self._desk.admission.outstanding)),
                 "ready_groups": float(len(self._desk.ready)),
                 "optimizer_steps": float(self.optimizer_steps),

@@ -151,6 +151,7 @@ class _Shell:
         try:
             await self._run()
         finally:
+            self._learner.close()
             await self._inputs.close()
 
     async def _run(self) -> None:

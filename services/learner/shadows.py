@@ -17,12 +17,14 @@ import numpy as np
 
 from services.learner.items import ShadowInputs
 from services.learner.routes.base import OldLogprobRoute, OldLogprobs, RouteCost
+from services.learner.routes.carried import Nested
 from services.learner.routes.forwards import Logprobs
 from services.learner.routes.stored import StoredScores
 from services.learner.staging import ScoreArrived, Scored
 from services.learner.trainer import StepOutcome
 from shared.algo.objective import Objective
 from shared.algo.shadow import ShadowLosses, ShadowRoute, is_sampled
+from shared.backends.base import Snapshot
 from shared.runtime.context import Context
 from shared.wire.journal import Batch
 from shared.wire.messages import SequenceScore
@@ -106,12 +108,9 @@ class Shadows:
         for name in self._started:
             await self._guarded(name, self._routes[name].close())
 
-    def save(self, folder: Path) -> None:
-        """Write into a checkpoint what `load` needs, one folder each."""
-        for name in self._started:
-            own = folder / f"shadow_{name}"
-            own.mkdir()
-            self._routes[name].save(own)
+    def snapshot(self) -> Snapshot:
+        """Copy what `load` needs of a checkpoint, one folder each."""
+        return Nested({f"shadow_{name}": self._routes[name].snapshot() for name in self._started})
 
     def load(self, folder: Path) -> None:
         """Take up what a checkpoint holds; a shadow that is new to the run starts afresh."""

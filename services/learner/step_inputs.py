@@ -13,10 +13,12 @@ from services.learner.items import BatchItems, build_items
 from services.learner.positions import Positions
 from services.learner.reference import Reference
 from services.learner.routes.base import OldLogprobRoute, OldLogprobs
+from services.learner.routes.carried import Nested
 from services.learner.score_store import ScoreStore
 from services.learner.shadows import Shadows
 from services.learner.staging import Scored
 from services.learner.trainer import StepOutcome
+from shared.backends.base import Snapshot
 from shared.wire.journal import Batch
 
 ANCHOR = "anchor"
@@ -67,14 +69,10 @@ class StepInputs:
             await self._anchor.close()
         await self.shadows.close()
 
-    def save(self, folder: Path) -> None:
-        """Write into a checkpoint what `load` needs to go on identically."""
-        self.route.save(folder)
-        if self._anchor is not None:
-            own = folder / ANCHOR
-            own.mkdir()
-            self._anchor.save(own)
-        self.shadows.save(folder)
+    def snapshot(self) -> Snapshot:
+        """Copy what `load` needs of a checkpoint to go on identically."""
+        folders = {ANCHOR: self._anchor.snapshot()} if self._anchor is not None else {}
+        return Nested(folders, (self.route.snapshot(), self.shadows.snapshot()))
 
     def load(self, folder: Path) -> None:
         self.route.load(folder)

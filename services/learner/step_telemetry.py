@@ -80,6 +80,7 @@ class StepTelemetry:
         self._shadows = (config.old_logprobs.route, *config.old_logprobs.shadow)
         for name in GUARDS:
             context.count(f"guard_{name}_steps", 0.0)
+        context.count("skipped_steps", 0.0)
         self._show_guards()
 
     def warn_of(self, config: LearnerConfig) -> None:

@@ -7,12 +7,14 @@ again, and finds that every re-derived version has the digest of its committed m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from services.learner.checkpoint import Checkpoint, CheckpointStore
+from services.learner.checkpoint import CheckpointStore
+from services.learner.checkpoint_files import Checkpoint
 from services.learner.desk import Desk
 from services.learner.evaluation import EvaluationRound
 from services.learner.journal_log import JournalLog
@@ -44,22 +46,39 @@ def state_digest(backend: Backend) -> str:
 
 
 def load_newest(
-    store: CheckpointStore, backend: Backend, context: Context, model_digest: str
+    store: CheckpointStore,
+    backend: Backend,
+    model_digest: str,
+    *,
+    load: Callable[[Path], None],
+    reload: Callable[[], None],
 ) -> Checkpoint | None:
-    """Load the newest checkpoint whose weights have the digest it promises; None: start from v0.
+    """Load the newest checkpoint that is whole and of this model; None: start from version 0.
+
+    Args:
+        store: opened.
+        backend: holds the model that `model.source` names.
+        model_digest: of the run's version 0.
+        load: takes a checkpoint's folder into the backend and whatever else carries state.
+        reload: brings the source model back after a load that failed half-way.
 
     Raises:
         Fatal: there is no usable checkpoint and the model is not the one the run began with.
     """
+    tried = False
     for checkpoint in reversed(store.all()):
         try:
-            backend.load(checkpoint.path)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            context.log.warning("checkpoint_skipped", path=str(checkpoint.path), reason=str(error))
+            checkpoint.check()
+            tried = True
+            load(checkpoint.path)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            store.skip(checkpoint, " ".join(str(error).split()))
             continue
-        if state_digest(backend) == checkpoint.digest:
+        if state_digest(backend) == checkpoint.facts.digest:
             return checkpoint
-        context.log.warning("checkpoint_skipped", path=str(checkpoint.path), reason="digest")
+        store.skip(checkpoint, f"its weights are not version {checkpoint.version}")
+    if tried:
+        reload()
     if state_digest(backend) != model_digest:
         raise Fatal(
             "no usable checkpoint, and the model directory is not the one this run started from: "

@@ -33,7 +33,9 @@ class StepOutcome:
     scalars: dict[str, float]
     arrays: dict[str, npt.NDArray[np.floating]]
     optimizer_steps: int
-    """Taken in this round; 0 when no token carried loss."""
+    """Taken in this round, skipped ones included; 0 when no token carried loss."""
+    grad_norms: tuple[float, ...] = ()
+    """Of each of them, before clipping; one that is not finite was skipped."""
     shadows: Mapping[str, Mapping[str, float]] = field(
         default_factory=dict[str, Mapping[str, float]]
     )
@@ -94,7 +96,7 @@ class Trainer:
                 loss_fn = watched = _Watched(loss, step)
             self._backend.accumulate(
                 micros,
-                loss_fn,
+                or_not_finite(loss_fn),
                 temperature=self._temperature,
                 with_entropy=self._policy_loss.needs_entropy,
             )
@@ -107,11 +109,13 @@ class Trainer:
             "compute_s": time.perf_counter() - started,
         }
         if watched is None:
-            return StepOutcome(scalars, arrays, len(norms))
+            return StepOutcome(scalars, arrays, len(norms), tuple(norms))
         report = watched.report(self._num_ages)
         scalars |= report.scalars
         arrays |= report.arrays
-        return StepOutcome(scalars, arrays, len(norms), report.by_route, watched.failure)
+        return StepOutcome(
+            scalars, arrays, len(norms), tuple(norms), report.by_route, watched.failure
+        )
 
     def _micro_batches(self, items: list[Item]) -> list[PackedBatch]:
         packs = balance([i.num_tokens for i in items], self._section.optimizer.micro_batch_tokens)
@@ -139,6 +143,16 @@ class Trainer:
             return
         # Later minibatches see weights that have moved: their figures are kept apart.
         scalars |= {f"last_{name}": value for name, value in reported.items()}
+
+
+def or_not_finite(loss_fn: LossFn) -> LossFn:
+    """Let a loss that is not finite have such a gradient: over all ranks its step is skipped."""
+
+    def checked(output: ForwardOutput, batch: PackedBatch) -> torch.Tensor:
+        loss = loss_fn(output, batch)
+        return loss if bool(torch.isfinite(loss.detach()).all()) else loss * math.nan
+
+    return checked
 
 
 @dataclass

@@ -32,6 +32,18 @@ LossFn = Callable[[ForwardOutput, PackedBatch], torch.Tensor]
 """Returns the scalar to differentiate (already divided by the global denominator)."""
 
 
+class Snapshot(Protocol):
+    """State as it was at one moment, in memory of its own: written while training goes on."""
+
+    def write(self, folder: Path) -> None:
+        """Write files into a folder; callable from another thread.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        ...
+
+
 class Backend(Protocol):
     """Score and train one causal language model, on one process or on the ranks of a layout.
 
@@ -126,12 +138,16 @@ class Backend(Protocol):
         """
         ...
 
+    def snapshot(self) -> Snapshot:
+        """Copy weights and optimizer state to the host; empty on ranks that do not write."""
+        ...
+
     def save(self, path: Path) -> None:
-        """Write weights and optimizer state into a directory; one rank writes."""
+        """Write a snapshot into a directory; one rank writes."""
         ...
 
     def load(self, path: Path) -> None:
-        """Restore what `save` wrote on any layout of the same backend.
+        """Restore what a snapshot wrote on any layout of the same backend.
 
         Raises:
             ValueError: a file is missing, unreadable, or belongs to another model.

@@ -157,8 +157,20 @@ def write_tensors(
     *,
     stem: str = "model",
     shard_bytes: int = SHARD_BYTES,
+    owned: bool = False,
 ) -> None:
-    """Write tensors as they come into an existing folder and flush them to the disk."""
+    """Write tensors as they come into an existing folder and flush them to the disk.
+
+    Args:
+        folder: exists.
+        tensors: names and values.
+        stem: of the file names.
+        shard_bytes: of one file, unless a single tensor is larger.
+        owned: they are on the host, contiguous, share no memory and do not change meanwhile.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
     held: dict[str, torch.Tensor] = {}
     files: list[list[str]] = []
     size = total = 0
@@ -166,7 +178,10 @@ def write_tensors(
     def flush() -> None:
         nonlocal held, size
         part = folder / f".{stem}-{len(files):05d}.partial"
-        save_file(held, part, metadata={"format": "pt"})
+        try:
+            save_file(held, part, metadata={"format": "pt"})
+        except SafetensorError as error:  # hides which error of the disk it was
+            raise OSError(f"{stem}.safetensors: {error}") from error
         with part.open("rb") as file:
             os.fsync(file.fileno())
         files.append(list(held))
@@ -177,7 +192,8 @@ def write_tensors(
         if held and size + num_bytes > shard_bytes:
             flush()
         # a copy: views of one tensor may not share memory in a file
-        held[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        given = tensor.detach()
+        held[name] = given if owned else given.cpu().clone(memory_format=torch.contiguous_format)
         size += num_bytes
         total += num_bytes
     flush()
@@ -195,22 +211,6 @@ def write_tensors(
         file.write(json.dumps(index, indent=2, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_checkpoint(
-    folder: Path,
-    streams: Mapping[str, Iterable[tuple[str, torch.Tensor]]],
-    *,
-    writes: bool,
-) -> None:
-    """Write a backend's streams, by stem; every rank runs each to its end, one writes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stem, tensors in streams.items():
-        if writes:
-            write_tensors(folder, tensors, stem=stem)
-        else:
-            for _ in tensors:
-                pass
 
 
 def check_given(

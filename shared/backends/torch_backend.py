@@ -25,7 +25,7 @@ from shared.algo.batching import PackedBatch
 from shared.backends import fsdp
 from shared.backends.adamw import AdamWSettings, MasterAdamW
 from shared.backends.base import ForwardOutput, LossFn
-from shared.backends.hf_files import HfFiles, check_given, write_checkpoint, write_hf
+from shared.backends.hf_files import HfFiles, check_given, write_hf
 from shared.backends.hf_model import ignored_tensors, load_empty, load_model, widen_norms
 from shared.backends.hf_names import Place, owners, published_places, stream, write
 from shared.backends.layer_options import LayerOptions, apply_options
@@ -37,6 +37,7 @@ from shared.backends.packed_model import (
     spread,
     wanted_rows,
 )
+from shared.backends.snapshot import TensorSnapshot, take
 
 HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25}
 
@@ -227,13 +228,17 @@ class TorchBackend:
         """
         return self._at.optimizer.step(lr, max_grad_norm=max_grad_norm)
 
-    def save(self, path: Path) -> None:
-        """Write weights and optimizer state as safetensors into a directory.
+    def snapshot(self) -> TensorSnapshot:
+        """Copy weights and optimizer state to the host; every rank takes part, the first keeps it.
 
-        Every rank takes part; the first one writes. The files do not depend on the number of ranks.
+        What it writes does not depend on the number of ranks.
         """
         streams = {"weights": self.stream(), "optimizer": self._at.optimizer.stream()}
-        write_checkpoint(path, streams, writes=self.data_rank == 0)
+        return take(streams, keeps=self.data_rank == 0)
+
+    def save(self, path: Path) -> None:
+        """Write a snapshot; every rank takes part, the first one writes."""
+        self.snapshot().write(path)
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote, bit for bit, on any number of ranks.

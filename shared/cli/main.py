@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -51,8 +52,13 @@ def _up(arguments: argparse.Namespace) -> int:
         values = values.with_replicas("rollout", arguments.rollouts)
     run_dir = arguments.run_dir or Path("runs") / values.common().run.name
     exists = (run_dir / "run.json").exists()
-    if arguments.resume and not exists:
+    if arguments.resume == "must" and not exists:
         raise ConfigError(f"--resume: {run_dir} is no run folder; leave the flag out to start one")
+    if arguments.resume == "never" and exists:
+        raise ConfigError(
+            f"--resume never: {run_dir} has a run; go on with --resume auto, keep it aside with "
+            "--fresh, or choose another --run-dir"
+        )
     request = Request(
         values=values,
         run_dir=run_dir,
@@ -134,6 +140,29 @@ def _audit(arguments: argparse.Namespace) -> int:
     return 0 if result.ok else 1
 
 
+def _replay(arguments: argparse.Namespace) -> int:
+    from shared.cli.processes import QUIET_ENVIRONMENT
+
+    for name, value in QUIET_ENVIRONMENT.items():  # before torch: the threads of the run's learner
+        os.environ.setdefault(name, value)
+    from shared.cli import replay
+
+    _require_run(arguments.run_dir)
+    result = replay.run(
+        arguments.run_dir,
+        versions=arguments.versions,
+        start=arguments.start,
+        overrides=arguments.set,
+        progress=_tell_version if sys.stderr.isatty() else lambda version: None,
+    )
+    print(replay.line(result))
+    return 1 if result.problem else 0
+
+
+def _tell_version(version: int) -> None:
+    sys.stderr.write(f"\rversion {version}\r")
+
+
 def _explain(arguments: argparse.Namespace) -> int:
     from shared.cli import explain
 
@@ -202,7 +231,10 @@ def _add_runs(commands: _Commands) -> None:
     up.add_argument("--run-dir", type=Path, help="default: runs/<run.name>")
     up.add_argument("--audit", type=_count, default=0, metavar="TOKENS", help="audit at the end")
     which = up.add_mutually_exclusive_group()
-    which.add_argument("--resume", action="store_true", help="insist on an existing run folder")
+    which.add_argument("--resume", nargs="?", const="must", default="auto",
+                       choices=("auto", "never", "must"),
+                       help="auto: go on with the folder's run, or start one; never: refuse a "
+                       "folder with a run; must (or no word): refuse one without")  # fmt: skip
     which.add_argument("--fresh", action="store_true", help="keep an existing run aside")
     _add_settings(up)
 
@@ -243,6 +275,15 @@ def _add_looks(commands: _Commands) -> None:
     audit.add_argument("--tokens", type=_count, default=2400)
     audit.add_argument("--seed", type=int, default=0, help="of the choice of tokens")
     audit.add_argument("--json", action="store_true")
+
+    replay = commands.add_parser("replay", help="train again from the archive, compare digests")
+    replay.set_defaults(run=_replay)
+    replay.add_argument("run_dir", type=Path)
+    replay.add_argument("--versions", type=_count, metavar="N", help="up to this one")
+    replay.add_argument("--from", dest="start", type=_count, default=0, metavar="N",
+                        help="begin with the run's checkpoint of this version")  # fmt: skip
+    replay.add_argument("--set", action="append", default=[], metavar="A.B=C",
+                        help="override a setting, such as where model.source is now")  # fmt: skip
 
     explain = commands.add_parser("explain", help="one trajectory, token by token")
     explain.set_defaults(run=_explain)

@@ -92,6 +92,15 @@ class MemoryStream:
         start = bisect_left(self.order, seq)
         return (self.records[s] for s in islice(self.order, start, None))
 
+    def add(self, record: Record) -> None:
+        """Append a record that comes after all others, and wake whoever waits for it."""
+        self.last_seq = record.seq
+        self.records[record.seq] = record
+        self.order.append(record.seq)
+        self.by_subject[record.subject] = record.seq
+        self.num_bytes += len(record.payload)
+        self.changed.notify()
+
     def remove(self, seq: int) -> None:
         record = self.records.pop(seq, None)
         if record is None:
@@ -165,16 +174,22 @@ class MemoryServer:
             return known[0]
         if stream.num_bytes + len(payload) > stream.max_bytes:
             raise StreamFull(subject)
-        stream.last_seq += 1
-        seq = stream.last_seq
-        stream.records[seq] = Record(seq, subject, payload, self.clock())
-        stream.order.append(seq)
-        stream.by_subject[subject] = seq
-        stream.num_bytes += len(payload)
+        seq = stream.last_seq + 1
+        stream.add(Record(seq, subject, payload, self.clock()))
         if msg_id:
             stream.msg_ids[msg_id] = (seq, self.monotonic())
-        stream.changed.notify()
         return seq
+
+    def restore(self, stream_name: str, record: Record) -> None:
+        """Store a message at the sequence it had on another server, whatever its size.
+
+        Raises:
+            ValueError: the stream is there already; sequences ascend, gaps are what was purged.
+        """
+        stream = self.streams[stream_name]
+        if record.seq <= stream.last_seq:
+            raise ValueError(f"{stream_name} is at {stream.last_seq} already, not at {record.seq}")
+        stream.add(record)
 
     def purge(self, stream_name: str, below_seq: int, subject: str | None) -> None:
         stream = self.streams[stream_name]

@@ -71,8 +71,19 @@ def test_a_missing_file_a_missing_model_and_a_taken_folder_are_one_line_each(
     assert "model.source" in one_line(lagwise(*up, "--set", f"model.source={tmp_path}/gone"))
     assert not Path(run_dir).exists()
     assert "no run folder" in one_line(lagwise(*up, "--resume"))
+    assert "no run folder" in one_line(lagwise(*up, "--resume", "must"))
+    assert not Path(run_dir).exists()
     (tmp_path / "run").write_text("a file")
     assert run_dir in one_line(lagwise(*up))
+
+
+def test_resume_never_refuses_a_folder_that_has_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    up = ("up", "--config", EXAMPLE, "--run-dir", str(tmp_path))
+    line = one_line(lagwise(*up, "--resume", "never"))
+    assert line.startswith(f"lagwise: --resume never: {tmp_path} has a run")
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+    assert "invalid choice" in lagwise(*up, "--resume", "perhaps").stderr
 
 
 def test_an_unreachable_nats_is_one_line(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -19,9 +18,12 @@ from shared.runtime.memory_server import MemoryServer
 from shared.wire.codec import decode
 from shared.wire.subjects import STREAMS, Subjects
 from shared.wire.weights import Control
-from tests.learner.test_crashes import NUM_VERSIONS, config_for, model_dir, players
+from tests.learner.crash_world import NUM_VERSIONS, config_for, players, save_model
 
-__all__ = ["model_dir"]
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +33,9 @@ def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def server(make: ModuleType) -> AsyncIterator[MemoryServer]:
+async def server() -> AsyncIterator[MemoryServer]:
     server = MemoryServer()
-    async with players(server, make):
+    async with players(server):
         yield server
 
 

@@ -189,7 +189,7 @@ async def test_what_a_live_env_agent_does_not_hand_in_is_masked_and_counted(
     tmp_path: Path,
 ) -> None:
     """One of another configuration samples on and acknowledges nothing: no token is guessed."""
-    changes = {"old_logprobs": {"fence_timeout_s": 0.05}}
+    changes = {"old_logprobs": {"fence_timeout_s": 0.2}}
     async with World(tmp_path, VERSIONS, **changes) as world:
         learner = world.start("learner")
         world.start("rollout")
@@ -198,7 +198,7 @@ async def test_what_a_live_env_agent_does_not_hand_in_is_masked_and_counted(
         append = deaf.bus.append
 
         async def late(subject: str, payload: bytes, **options: Any) -> int:
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(0.8)
             return await append(subject, payload, **options)
 
         deaf.bus.append = late  # type: ignore[method-assign]

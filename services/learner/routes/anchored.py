@@ -11,13 +11,14 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from services.learner.routes.base import OldLogprobs, RouteBase, RouteContext, RouteCost
+from services.learner.routes.carried import NOTHING
 from services.learner.routes.forwards import Logprobs, as_scores, forward_members
 from services.learner.staging import Scored
 from shared.algo.ewma import blend, start_anchor
@@ -29,10 +30,22 @@ from shared.algo.ewma_control import (
     EwmaSettings,
     advance,
 )
-from shared.backends.base import Backend
+from shared.backends.base import Backend, Snapshot
+from shared.backends.hf_files import HfFiles
+from shared.backends.snapshot import TensorSnapshot, take
 from shared.backends.trajectory_scoring import score_dtype
 
-_TENSORS, _STATE = "anchor.safetensors", "anchor.json"
+_STEM, _STATE = "anchor", "anchor.json"
+
+
+@dataclass(frozen=True)
+class _AnchorSnapshot:
+    tensors: TensorSnapshot
+    facts: dict[str, Any]
+
+    def write(self, folder: Path) -> None:
+        self.tensors.write(folder)
+        (folder / _STATE).write_text(json.dumps(self.facts))
 
 
 class EwmaProx(RouteBase):
@@ -100,17 +113,18 @@ class EwmaProx(RouteBase):
             clipped=scalars.get("clipped_on_arrival"),
         )
 
-    def save(self, folder: Path) -> None:
+    def snapshot(self) -> Snapshot:
         if self._anchor is None:
-            return
-        save_file(self._anchor, folder / _TENSORS)
+            return NOTHING
         measured = None if self._measured is None else asdict(self._measured)
         facts = {"state": asdict(self.state), "measured": measured}
-        (folder / _STATE).write_text(json.dumps(facts))
+        return _AnchorSnapshot(take({_STEM: self._anchor.items()}), facts)
 
     def load(self, folder: Path) -> None:
+        if not (folder / _STATE).is_file():
+            return
         facts = json.loads((folder / _STATE).read_text())
-        self._anchor = load_file(folder / _TENSORS)
+        self._anchor = dict(HfFiles(folder, _STEM).tensors())
         self.state = AnchorState(**facts["state"])
         measured = facts["measured"]
         self._measured = None if measured is None else AnchorMeasured(**measured)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from services.learner.routes.carried import NOTHING
 from services.learner.staging import Scored
 from shared.algo.proximal import Proxy
-from shared.backends.base import Backend
+from shared.backends.base import Backend, Snapshot
 from shared.runtime.bus import Bus
 from shared.runtime.logs import Log
 from shared.runtime.sections import OldLogprobsSection, WeightsSection
@@ -107,11 +108,17 @@ class OldLogprobRoute(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write into a checkpoint what `load` needs to go on identically."""
+    def snapshot(self) -> Snapshot:
+        """Copy what `load` needs of a checkpoint to go on identically."""
         ...
 
-    def load(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None:
+        """Take up what a snapshot wrote; where there is nothing of this route, it starts afresh.
+
+        Raises:
+            ValueError: it belongs to another model, or cannot be read.
+        """
+        ...
 
 
 class RouteBase:
@@ -141,8 +148,8 @@ class RouteBase:
     async def stepped(self, version: int, scalars: Mapping[str, float]) -> None:
         return
 
-    def save(self, folder: Path) -> None:
-        return
+    def snapshot(self) -> Snapshot:
+        return NOTHING
 
     def load(self, folder: Path) -> None:
         return

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from shared.algo.batching import PackedBatch
 from shared.backends.adamw import AdamWSettings
 from shared.backends.base import ForwardOutput, LossFn
-from shared.backends.hf_files import HfFiles, check_given, write_checkpoint, write_hf
+from shared.backends.hf_files import HfFiles, check_given, write_hf
 from shared.backends.megatron import core, cpu
 from shared.backends.megatron.building import Ranks, build_model, open_ranks, transformer_config
 from shared.backends.megatron.layout import Layout, Shape
@@ -30,6 +30,7 @@ from shared.backends.megatron.packing import packed_params, padded
 from shared.backends.megatron.weights import ShardedWeights, values
 from shared.backends.packed_attention import take_rows
 from shared.backends.packed_model import check_token_ids, on_device, spread, wanted_rows
+from shared.backends.snapshot import TensorSnapshot, take
 from shared.backends.vocab_parallel import vocab_parallel_logprobs
 
 
@@ -181,10 +182,14 @@ class MegatronBackend:
         """Clip, step, clear gradients; return the norm before clipping."""
         return self._at.optimizer.step(lr, max_grad_norm=max_grad_norm)
 
-    def save(self, path: Path) -> None:
-        """Write weights and optimizer state by Hugging Face name; the first rank writes."""
+    def snapshot(self) -> TensorSnapshot:
+        """Copy weights and optimizer state, by Hugging Face name, to the first rank's host."""
         streams = {"weights": self.stream(), "optimizer": self._at.optimizer.stream()}
-        write_checkpoint(path, streams, writes=dist.get_rank() == 0)
+        return take(streams, keeps=dist.get_rank() == 0)
+
+    def save(self, path: Path) -> None:
+        """Write a snapshot; every rank takes part, the first one writes."""
+        self.snapshot().write(path)
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote, on this or another layout.
