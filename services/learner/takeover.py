@@ -7,6 +7,7 @@ again, and finds that every re-derived version has the digest of its committed m
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -229,6 +230,15 @@ class Recovery:
         )
 
 
+def _must_have_finite_rewards(outcome: Trajectory | Failure) -> None:
+    """Env agents check what environments say; whoever else writes terminals may not."""
+    if isinstance(outcome, Failure):
+        return
+    of_turns = [r for s in outcome.sequences for turn in s.turns for r in turn.rewards.values()]
+    if not all(map(math.isfinite, (outcome.reward, *of_turns))):
+        raise Malformed("a reward is not finite")
+
+
 def terminal_event(record: Record) -> TerminalArrived:
     """Decode a stored terminal; one that cannot be read ends its ticket as failed.
 
@@ -241,6 +251,7 @@ def terminal_event(record: Record) -> TerminalArrived:
         terminal = decode(record.payload, Terminal)
         if terminal.ticket_id != ticket_id:
             raise Malformed(f"terminal of {terminal.ticket_id} on the subject of {ticket_id}")
+        _must_have_finite_rewards(terminal.outcome)
     except ForeignMajor:
         raise
     except WireError as error:

@@ -25,8 +25,11 @@ from services.learner.takeover import load_newest, terminal_event
 from shared.runtime.bus import Record
 from shared.runtime.errors import Fatal
 from shared.runtime.logs import JsonFormatter, Log
+from shared.wire.codec import encode
 from shared.wire.errors import ForeignMajor
+from shared.wire.messages import Terminal
 from shared.wire.trajectory import Failure
+from tests.learner import make
 
 
 class Weights:
@@ -337,6 +340,17 @@ def test_a_terminal_that_cannot_be_read_ends_its_ticket_as_failed() -> None:
     assert (event.ticket_id, event.seq) == ("t0000003", 7)
     assert isinstance(event.outcome, Failure)
     assert event.outcome.reason == "undecodable"
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_no_number_ends_its_ticket_instead_of_every_learner(reward: float) -> None:
+    terminal = Terminal(
+        ticket_id="t0000003", attempt_id="a", purpose="train", group_id="g", member=0,
+        issue_version=0, producer="env", outcome=make.trajectory(reward),
+    )  # fmt: skip
+    event = terminal_event(Record(7, "lagwise.run.terminal.t0000003", encode(terminal), 0.0))
+    assert isinstance(event.outcome, Failure)
+    assert (event.outcome.reason, event.outcome.detail) == ("undecodable", "a reward is not finite")
 
 
 def test_a_terminal_of_another_major_is_not_garbage() -> None:
