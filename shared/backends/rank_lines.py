@@ -1,0 +1,280 @@
+"""A line from the leader to each follower: commands down, answers up, beats both ways.
+
+Beats travel beside whatever the ranks compute, so that a dead or frozen process is noticed and
+named at any time: idle, or while the others wait for it inside a collective. Lines carry small
+control data; tensors go over a process group (`rank_codec.py`).
+
+The peers are processes of one job. Whoever connects must know the job's token, which the leader
+hands out over the process group; only then is anything unpickled.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import queue
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+TOKEN_BYTES = 32
+BEATS_PER_TIMEOUT = 5
+LONGEST_BEAT_S = 2.0
+STOP_S = 5.0
+"""So long a follower that was told to stop may still need to come to its end."""
+
+_HELLO = struct.Struct(f"!{TOKEN_BYTES}sI")
+_BEAT, _WORK, _STOP, _WORDS = b".", b"w", b"s", b"x"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a follower finds the leader."""
+
+    host: str
+    port: int
+    token: bytes
+
+
+def _beat_s(timeout_s: float) -> float:
+    return min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
+
+
+class _End:
+    """One end of a line; whole frames, from any thread."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        connected.settimeout(None)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = connected
+        self._frames: Connection = Connection(os.dup(connected.fileno()))
+        self._sending = threading.Lock()
+        self.heard_at = time.monotonic()
+
+    def send(self, kind: bytes, payload: bytes = b"") -> None:
+        """Raises OSError: the other end is gone."""
+        with self._sending:
+            self._frames.send_bytes(kind + payload)
+
+    def receive(self) -> tuple[bytes, bytes]:
+        """Raises EOFError, OSError: the other end is gone."""
+        frame = self._frames.recv_bytes()
+        self.heard_at = time.monotonic()
+        return frame[:1], frame[1:]
+
+    def cut(self) -> None:
+        """End the line; whoever waits on it is freed."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class LeaderLines:
+    """The leader's ends. Ranks are numbered from 1."""
+
+    def __init__(self, num_followers: int, *, host: str, timeout_s: float) -> None:
+        """Listen.
+
+        Args:
+            num_followers: how many will connect.
+            host: of the interface; empty: all of them.
+            timeout_s: a follower silent for so long is lost.
+        """
+        self._num = num_followers
+        self._timeout_s = timeout_s
+        self._server = socket.create_server((host, 0), backlog=num_followers + 8)
+        self.port: int = self._server.getsockname()[1]
+        self.token = secrets.token_bytes(TOKEN_BYTES)
+        self._ends: dict[int, _End] = {}
+        self._answers: dict[int, queue.Queue[bytes | None]] = {}
+        self._words: dict[int, str] = {}
+        self._closing = False
+        self._losing = threading.Lock()
+        self.lost = threading.Event()
+        self.reason = ""
+        """Which rank was lost first, and how; empty while all are there."""
+
+    @property
+    def ranks(self) -> range:
+        return range(1, self._num + 1)
+
+    def accept(self) -> None:
+        """Wait for all followers.
+
+        Raises:
+            TimeoutError: names the ranks that did not come.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while len(self._ends) < self._num:
+            self._server.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                connected, _ = self._server.accept()
+            except TimeoutError:
+                missing = ", ".join(str(r) for r in self.ranks if r not in self._ends)
+                raise TimeoutError(
+                    f"rank {missing} did not connect within {self._timeout_s:g} s"
+                ) from None
+            rank = self._introduced(connected)
+            if rank is None:
+                connected.close()
+                continue
+            self._ends[rank] = _End(connected)
+            self._answers[rank] = queue.Queue()
+        self._server.close()
+        for rank, end in self._ends.items():
+            _start(self._read, rank, end)
+        _start(self._beat)
+
+    def send(self, payload: bytes) -> None:
+        """Send a command to every follower; one that is gone is found by its reader."""
+        for end in self._ends.values():
+            with suppress(OSError):
+                end.send(_WORK, payload)
+
+    def answer(self, rank: int, timeout_s: float) -> bytes | None:
+        """Return the follower's next answer; None: not in time, or some rank is lost."""
+        with suppress(queue.Empty):
+            return self._answers[rank].get(timeout=timeout_s)
+        return None
+
+    def stop(self) -> None:
+        """Tell every follower to end; their silence is expected from now on."""
+        self._closing = True
+        for end in self._ends.values():
+            with suppress(OSError):
+                end.send(_STOP)
+
+    def _introduced(self, connected: socket.socket) -> int | None:
+        connected.settimeout(min(5.0, self._timeout_s))
+        try:
+            hello = _exactly(connected, _HELLO.size)
+        except OSError:
+            return None
+        token, rank = _HELLO.unpack(hello)
+        known = hmac.compare_digest(token, self.token) and rank in self.ranks
+        return rank if known and rank not in self._ends else None
+
+    def _read(self, rank: int, end: _End) -> None:
+        while True:
+            try:
+                kind, payload = end.receive()
+            except (EOFError, OSError):
+                words = self._words.get(rank)
+                self._lose(f"rank {rank}: {words}" if words else f"rank {rank}: its process ended")
+                return
+            if kind == _WORK:
+                self._answers[rank].put(payload)
+            elif kind == _WORDS:
+                self._words[rank] = payload.decode(errors="replace")
+
+    def _beat(self) -> None:
+        while not (self.lost.is_set() or self._closing):
+            now = time.monotonic()
+            for rank, end in self._ends.items():
+                with suppress(OSError):
+                    end.send(_BEAT)
+                if now - end.heard_at > self._timeout_s:
+                    self._lose(f"rank {rank}: silent for {self._timeout_s:g} s")
+            time.sleep(_beat_s(self._timeout_s))
+
+    def _lose(self, reason: str) -> None:
+        with self._losing:
+            if self.lost.is_set() or self._closing:
+                return
+            self.reason = reason
+            self.lost.set()
+        for answers in self._answers.values():
+            answers.put(None)
+        for end in self._ends.values():
+            end.cut()
+
+
+class FollowerLine:
+    """A follower's end."""
+
+    def __init__(
+        self, rank: int, address: Address, *, timeout_s: float, leave: Callable[[str], None]
+    ) -> None:
+        """Connect.
+
+        Args:
+            rank: this process's, at least 1.
+            address: the leader's.
+            timeout_s: a leader silent for so long is gone.
+            leave: ends this process, from whatever thread; an empty reason: as it was told.
+
+        Raises:
+            OSError: nothing answers there.
+        """
+        connected = socket.create_connection((address.host, address.port), timeout=timeout_s)
+        connected.sendall(_HELLO.pack(address.token, rank))
+        self._end = _End(connected)
+        self._timeout_s = timeout_s
+        self._leave = leave
+        self._commands: queue.Queue[bytes | None] = queue.Queue()
+        self._ended = threading.Event()
+        _start(self._read)
+        _start(self._beat)
+
+    def command(self) -> bytes | None:
+        """Wait for the next command; None: stop.
+
+        Not bounded by itself: a leader that is gone or frozen ends the process (`leave`).
+        """
+        command = self._commands.get()
+        if command is None:
+            self._ended.set()
+        return command
+
+    def answer(self, payload: bytes) -> None:
+        """Answer the command; a leader that is gone is found by the reader."""
+        with suppress(OSError):
+            self._end.send(_WORK, payload)
+
+    def last_words(self, text: str) -> None:
+        """Say why this process is about to end."""
+        with suppress(OSError):
+            self._end.send(_WORDS, text.encode())
+
+    def _read(self) -> None:
+        while True:
+            try:
+                kind, payload = self._end.receive()
+            except (EOFError, OSError):
+                if not self._ended.is_set():
+                    self._leave("the leader is gone")
+                return
+            if kind == _WORK:
+                self._commands.put(payload)
+            elif kind == _STOP:
+                self._commands.put(None)
+                if not self._ended.wait(STOP_S):
+                    self._leave("")  # inside a collective that nobody will complete
+                return
+
+    def _beat(self) -> None:
+        while not self._ended.is_set():
+            with suppress(OSError):
+                self._end.send(_BEAT)
+            if time.monotonic() - self._end.heard_at > self._timeout_s:
+                self._leave(f"the leader has been silent for {self._timeout_s:g} s")
+            time.sleep(_beat_s(self._timeout_s))
+
+
+def _start(work: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=work, args=arguments, daemon=True, name="rank-line").start()
+
+
+def _exactly(connected: socket.socket, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        part = connected.recv(size - len(found))
+        if not part:
+            raise ConnectionError("closed before it said who it is")
+        found += part
+    return found
