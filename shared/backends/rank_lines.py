@@ -14,6 +14,7 @@ import hmac
 import os
 import queue
 import secrets
+import signal
 import socket
 import struct
 import threading
@@ -29,7 +30,7 @@ LONGEST_BEAT_S = 2.0
 STOP_S = 5.0
 """So long a follower that was told to stop may still need to come to its end."""
 
-_HELLO = struct.Struct(f"!{TOKEN_BYTES}sI")
+_HELLO = struct.Struct(f"!{TOKEN_BYTES}sII")
 _BEAT, _WORK, _STOP, _WORDS = b".", b"w", b"s", b"x"
 
 
@@ -82,10 +83,13 @@ class LeaderLines:
 
         Args:
             num_followers: how many will connect.
-            host: of the interface; empty: all of them.
-            timeout_s: a follower silent for so long is lost.
+            host: of the interface; empty: all of them, for ranks on other machines.
+            timeout_s: a follower silent for so long is lost. On this machine it is also killed: a
+                frozen process does not hear its launcher.
         """
         self._num = num_followers
+        self._one_machine = bool(host)
+        self._pids: dict[int, int] = {}
         self._timeout_s = timeout_s
         self._server = socket.create_server((host, 0), backlog=num_followers + 8)
         self.port: int = self._server.getsockname()[1]
@@ -119,10 +123,11 @@ class LeaderLines:
                 raise TimeoutError(
                     f"rank {missing} did not connect within {self._timeout_s:g} s"
                 ) from None
-            rank = self._introduced(connected)
-            if rank is None:
+            rank, pid = self._introduced(connected)
+            if not rank:
                 connected.close()
                 continue
+            self._pids[rank] = pid
             self._ends[rank] = _End(connected)
             self._answers[rank] = queue.Queue()
         self._server.close()
@@ -149,15 +154,16 @@ class LeaderLines:
             with suppress(OSError):
                 end.send(_STOP)
 
-    def _introduced(self, connected: socket.socket) -> int | None:
+    def _introduced(self, connected: socket.socket) -> tuple[int, int]:
+        """Return rank and process id of who connected; 0, 0: a stranger."""
         connected.settimeout(min(5.0, self._timeout_s))
         try:
             hello = _exactly(connected, _HELLO.size)
         except OSError:
-            return None
-        token, rank = _HELLO.unpack(hello)
+            return 0, 0
+        token, rank, pid = _HELLO.unpack(hello)
         known = hmac.compare_digest(token, self.token) and rank in self.ranks
-        return rank if known and rank not in self._ends else None
+        return (rank, pid) if known and rank not in self._ends else (0, 0)
 
     def _read(self, rank: int, end: _End) -> None:
         while True:
@@ -180,6 +186,10 @@ class LeaderLines:
                     end.send(_BEAT)
                 if now - end.heard_at > self._timeout_s:
                     self._lose(f"rank {rank}: silent for {self._timeout_s:g} s")
+                    if self._one_machine:
+                        with suppress(OSError):
+                            os.kill(self._pids[rank], signal.SIGKILL)
+                    return
             time.sleep(_beat_s(self._timeout_s))
 
     def _lose(self, reason: str) -> None:
@@ -212,7 +222,7 @@ class FollowerLine:
             OSError: nothing answers there.
         """
         connected = socket.create_connection((address.host, address.port), timeout=timeout_s)
-        connected.sendall(_HELLO.pack(address.token, rank))
+        connected.sendall(_HELLO.pack(address.token, rank, os.getpid()))
         self._end = _End(connected)
         self._timeout_s = timeout_s
         self._leave = leave

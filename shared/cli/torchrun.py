@@ -1,0 +1,44 @@
+"""`python -m shared.cli.torchrun ...`: torchrun, ending with the exit code of rank 0.
+
+torchrun itself ends with 1 whatever a rank said. Our codes mean something to whoever restarts:
+2 is a configuration that will not get better, 3 a run that another learner owns.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+FAILED = 1
+
+
+def code_of(failures: Mapping[int, int]) -> int:
+    """Return the code to end with.
+
+    Args:
+        failures: exit code by rank of those that failed first; negative for a signal.
+    """
+    code = failures.get(0, FAILED)
+    return code if code > 0 else 128 - code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run to the end of all ranks; return the exit code."""
+    # What went wrong is the ranks' to say, one line each; torchrun would draw a box around it.
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    try:
+        run(parse_args(list(sys.argv[1:] if argv is None else argv)))
+    except ChildFailedError as error:
+        return code_of({rank: failure.exitcode for rank, failure in error.failures.items()})
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
