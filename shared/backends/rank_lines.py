@@ -91,7 +91,13 @@ class LeaderLines:
         self._one_machine = bool(host)
         self._pids: dict[int, int] = {}
         self._timeout_s = timeout_s
-        self._server = socket.create_server((host, 0), backlog=num_followers + 8)
+        both = not host and socket.has_dualstack_ipv6()
+        self._server = socket.create_server(
+            (host, 0),
+            family=socket.AF_INET6 if both else socket.AF_INET,
+            backlog=num_followers + 8,
+            dualstack_ipv6=both,
+        )
         self.port: int = self._server.getsockname()[1]
         self.token = secrets.token_bytes(TOKEN_BYTES)
         self._ends: dict[int, _End] = {}

@@ -6,9 +6,11 @@ torchrun itself ends with 1 whatever a rank said. Our codes mean something to wh
 
 from __future__ import annotations
 
-import os
+import logging
 import sys
 from collections.abc import Mapping, Sequence
+
+from shared.runtime.signals import leave_at_sigterm
 
 FAILED = 1
 
@@ -25,8 +27,9 @@ def code_of(failures: Mapping[int, int]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run to the end of all ranks; return the exit code."""
+    leave_at_sigterm()  # until torchrun hands it on
     # What went wrong is the ranks' to say, one line each; torchrun would draw a box around it.
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    logging.disable(logging.ERROR)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
