@@ -74,6 +74,13 @@ class _End:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
+    def close(self) -> None:
+        """Give the descriptors back; the reader does, when the other end is gone."""
+        self.cut()
+        with self._sending:
+            self._frames.close()
+            self._socket.close()
+
 
 class LeaderLines:
     """The leader's ends. Ranks are numbered from 1."""
@@ -120,23 +127,25 @@ class LeaderLines:
             TimeoutError: names the ranks that did not come.
         """
         deadline = time.monotonic() + self._timeout_s
-        while len(self._ends) < self._num:
-            self._server.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                connected, _ = self._server.accept()
-            except TimeoutError:
-                missing = ", ".join(str(r) for r in self.ranks if r not in self._ends)
-                raise TimeoutError(
-                    f"rank {missing} did not connect within {self._timeout_s:g} s"
-                ) from None
-            rank, pid = self._introduced(connected)
-            if not rank:
-                connected.close()
-                continue
-            self._pids[rank] = pid
-            self._ends[rank] = _End(connected)
-            self._answers[rank] = queue.Queue()
-        self._server.close()
+        with self._server:
+            while len(self._ends) < self._num:
+                self._server.settimeout(max(0.01, deadline - time.monotonic()))
+                try:
+                    connected, _ = self._server.accept()
+                except TimeoutError:
+                    missing = ", ".join(str(r) for r in self.ranks if r not in self._ends)
+                    for end in self._ends.values():
+                        end.close()
+                    raise TimeoutError(
+                        f"rank {missing} did not connect within {self._timeout_s:g} s"
+                    ) from None
+                rank, pid = self._introduced(connected)
+                if not rank:
+                    connected.close()
+                    continue
+                self._pids[rank] = pid
+                self._ends[rank] = _End(connected)
+                self._answers[rank] = queue.Queue()
         for rank, end in self._ends.items():
             _start(self._read, rank, end)
         _start(self._beat)
@@ -177,6 +186,7 @@ class LeaderLines:
                 kind, payload = end.receive()
             except (EOFError, OSError):
                 words = self._words.get(rank)
+                end.close()
                 self._lose(f"rank {rank}: {words}" if words else f"rank {rank}: its process ended")
                 return
             if kind == _WORK:
@@ -262,6 +272,7 @@ class FollowerLine:
             try:
                 kind, payload = self._end.receive()
             except (EOFError, OSError):
+                self._end.close()
                 if not self._ended.is_set():
                     self._leave("the leader is gone")
                 return
@@ -269,7 +280,9 @@ class FollowerLine:
                 self._commands.put(payload)
             elif kind == _STOP:
                 self._commands.put(None)
-                if not self._ended.wait(STOP_S):
+                stopped = self._ended.wait(STOP_S)
+                self._end.close()
+                if not stopped:
                     self._leave("")  # inside a collective that nobody will complete
                 return
 

@@ -7,9 +7,11 @@ torchrun itself ends with 1 whatever a rank said. Our codes mean something to wh
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from shared.runtime.rank_life import LAUNCHER
 from shared.runtime.signals import leave_at_sigterm
 
 FAILED = 1
@@ -30,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_at_sigterm()  # until torchrun hands it on
     # What went wrong is the ranks' to say, one line each; torchrun would draw a box around it.
     logging.disable(logging.ERROR)
+    os.environ[LAUNCHER] = str(os.getpid())
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run

@@ -8,6 +8,9 @@ import signal
 import sys
 from typing import NoReturn
 
+LAUNCHER = "LAGWISE_LAUNCHER"
+"""Process id of the launcher, in the environment of its ranks."""
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -22,9 +25,15 @@ def is_follower() -> bool:
 
 
 def die_with_launcher() -> None:
-    """Have the kernel end this process when its launcher dies: ranks have sessions of their own."""
+    """Have the kernel end this process when its launcher dies: ranks have sessions of their own.
+
+    A launcher that died before the wish was made is found by its process id.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is not None and launcher != str(os.getppid()):
+        leave_now(1)
 
 
 def leave_now(code: int) -> NoReturn:
