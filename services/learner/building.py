@@ -59,7 +59,8 @@ def load_backend(config: LearnerConfig, ranks: Ranks) -> Backend:
     try:
         return ranks.build(BackendSpec.of(config.model, adamw))
     except (ValueError, OSError) as error:
-        raise ConfigError(f"model.source: {error}") from error
+        text = str(error)
+        raise ConfigError(text if text.startswith("model.") else f"model.source: {text}") from error
 
 
 def load_task_source(config: LearnerConfig) -> TaskSource:

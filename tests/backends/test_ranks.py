@@ -2,8 +2,10 @@
 
 import pickle
 import queue
+import sys
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from shared.algo.batching import PackedBatch, hollow, pack, share
-from shared.backends.building import BackendSpec, device_of
+from shared.backends.building import BackendSpec, build, device_of
 from shared.backends.hf_files import check_given
 from shared.backends.led_backend import LedBackend
 from shared.backends.rank_codec import ArrivingState, dumps, loads
@@ -356,6 +358,16 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
     assert device_of("cpu", 5) == torch.device("cpu")
     with pytest.raises(ValueError, match="local rank 2 needs a device of its own"):
         device_of("auto", 2)
+
+
+def test_an_absent_extra_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch):
+    for name in list(sys.modules):
+        if name.startswith(("megatron", "shared.backends.megatron.")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    with pytest.raises(ValueError, match=r"model.backend megatron needs .* extra megatron") as said:
+        build(BackendSpec(Path("m"), kind="megatron"), torch.device("cpu"))
+    assert "\n" not in str(said.value)
 
 
 def test_the_loss_of_a_step_and_its_shadows_can_be_shipped():
