@@ -127,7 +127,9 @@ class Job:
         for rank, shard in enumerate(shards[1:], start=1):
             line = FollowerLine(rank, address, timeout_s=timeout_s, leave=lambda _: None)
             follower = Follower(line, path.at(rank - 1), lambda _, shard=shard: shard)  # type: ignore[arg-type,return-value]
-            self.threads.append(threading.Thread(target=self._follow, args=(follower, line)))
+            self.threads.append(
+                threading.Thread(target=self._follow, args=(follower, line), daemon=True)
+            )
             self.threads[-1].start()
         accepting.join(5)
         self.leader = Leader(self.lines, path, lambda _: shards[0], timeout_s=timeout_s)  # type: ignore[arg-type,return-value]

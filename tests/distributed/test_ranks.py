@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ from models import TEMPERATURE, packs, write_model
 from safetensors.torch import load_file
 
 from shared.backends.torch_backend import TorchBackend
+from shared.runtime.nats_server import free_port
 
+HERE = Path(__file__).parent
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 megatron = pytest.mark.skipif(find_spec("megatron") is None, reason="needs the extra megatron")
@@ -111,6 +116,29 @@ def test_a_rank_without_sequences_of_its_own_takes_part_and_adds_nothing(run_ran
     path = write_model(tmp_path / "m", "qwen3", 4)
     given = {"lengths": [29], "minibatches": 1}
     _check(_lived(run_ranks, path, "torch", 2, {}, **given), path, 2, **given)
+
+
+def test_nodes_of_a_group_started_as_the_chart_does_make_one_job(tmp_path):
+    """Two launchers of one rank each, on this machine; rank 0 listens for other machines then."""
+    path, port = write_model(tmp_path / "m", "qwen3", 6), free_port()
+    (tmp_path / "arguments.json").write_text(json.dumps({"model": str(path), "out": str(tmp_path)}))
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "shared.cli.torchrun", "--nnodes=2", f"--node-rank={node}",
+             "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc-per-node=1",
+             "--max-restarts=0", str(HERE / "rank_worker.py"), "led_cases:services_life",
+             str(tmp_path / "arguments.json")],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)])},
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    try:
+        assert [node.wait(timeout=200) for node in nodes] == [0, 0]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.wait()
+    _check(tmp_path, path, 2)
 
 
 def test_what_every_rank_refuses_leaves_the_backend_as_it_was(run_ranks, tmp_path):
