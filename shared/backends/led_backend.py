@@ -12,6 +12,7 @@ from shared.algo.batching import PackedBatch, hollow
 from shared.backends.base import Backend, LossFn
 from shared.backends.hf_files import describe
 from shared.backends.rank_commands import Collects, Command, Part, joined, noted, share_of
+from shared.backends.rank_scoring import part_of, scored_by, whole
 
 if TYPE_CHECKING:
     from shared.backends.ranks import Leader
@@ -74,12 +75,14 @@ class LedBackend:
         )
 
     def score(self, batch: PackedBatch, *, temperature: float) -> torch.Tensor:
-        """Return logprobs_T; data-parallel ranks repeat the forward."""
-        logprobs_T, _ = self._leader.perform(
+        """Return logprobs_T on the CPU; every data-parallel share forwards its sequences."""
+        shares, share = self.data_ranks, self.data_rank
+        mine = part_of(batch, scored_by(batch.lengths, share, shares))
+        own, answers = self._leader.perform(
             self._command("score", batch, temperature=temperature),
-            lambda: self._local.score(batch, temperature=temperature),
+            lambda: self._local.score(mine, temperature=temperature).cpu(),
         )
-        return logprobs_T
+        return whole(batch, {**dict(answers), share: own}, shares)
 
     def forward_backward(
         self, batch: PackedBatch, loss_fn: LossFn, *, temperature: float, with_entropy: bool

@@ -13,14 +13,17 @@ import sys
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 
+from shared.algo.batching import PackedBatch
 from shared.backends.base import Backend
 from shared.backends.building import BackendSpec, Device, build, device_of
 from shared.backends.hf_files import Described
 from shared.backends.rank_codec import ArrivingState, GroupPath, TensorPath, loads
 from shared.backends.rank_commands import Answer, Command, Part, noted, share_of
 from shared.backends.rank_lines import Address, FollowerLine
+from shared.backends.rank_scoring import part_of, scored_by
 from shared.backends.rank_world import World, join
 from shared.backends.ranks import BUILD
 
@@ -67,7 +70,9 @@ class Follower:
                 self._load_state(backend, *command.args)
             case "accumulate":
                 return _accumulate(backend, *command.args, **command.kwargs)
-            case "load_hf" | "export_hf" | "score" | "step" | "save" | "load":
+            case "score":
+                return _score(backend, *command.args, **command.kwargs)
+            case "load_hf" | "export_hf" | "step" | "save" | "load":
                 getattr(backend, command.method)(*command.args, **command.kwargs)
             case other:
                 raise AssertionError(other)
@@ -79,6 +84,11 @@ class Follower:
             backend.load_state(state)
         finally:
             state.drain()
+
+
+def _score(backend: Backend, batch: PackedBatch, *, temperature: float) -> tuple[int, torch.Tensor]:
+    mine = part_of(batch, scored_by(batch.lengths, backend.data_rank, backend.data_ranks))
+    return backend.data_rank, backend.score(mine, temperature=temperature).cpu()
 
 
 def _accumulate(backend: Backend, batches: Any, loss_fn: Any, **options: Any) -> Part:

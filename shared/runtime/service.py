@@ -72,7 +72,8 @@ def launch(
     """
     leave_at_sigterm()  # until the loop runs
     configure("INFO")
-    if is_rank():
+    ranked = follow is not None and is_rank()
+    if ranked:
         die_with_launcher()
     options = parse_options(role, sys.argv[1:] if argv is None else argv)
     pod = options.pod or f"{role}-{uuid.uuid4().hex[:6]}"
@@ -87,7 +88,7 @@ def launch(
         code = 128 + signal.SIGINT
     except ConfigError as error:
         code = _report(role, error, log)
-    if is_rank():
+    if ranked:
         leave_now(code)
     sys.exit(code)
 

@@ -235,6 +235,22 @@ def test_large_tensors_travel_beside_the_command_and_arrive_whole():
     assert [shard.told for shard in job.shards] == [[("score", 5000, 0.5)]] * 3
 
 
+@pytest.mark.parametrize("lengths", [(4, 9, 2, 7, 1), (3,), (5, 5)])
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_every_share_scores_its_sequences_and_the_pack_is_whole_again(
+    lengths: tuple[int, ...], shares: int
+):
+    job = Job(*(Shard(share_, shares) for share_ in range(shares)), Shard(0, shares))
+    ids = np.arange(sum(lengths))
+    parts = np.split(ids, np.cumsum(lengths)[:-1])
+    batch = pack(parts, {"loss_mask": [np.ones(len(part), dtype=bool) for part in parts]})
+    assert torch.equal(job.backend.score(batch, temperature=2.0), batch.token_ids_T * 2.0)
+    job.close()
+    assert all(shard.told[0][0] == "score" for shard in job.shards)  # ranks work in lockstep
+    if len(lengths) > 1 and shares > 1:
+        assert max(shard.told[0][1] for shard in job.shards) < sum(lengths)
+
+
 def test_a_state_arrives_tensor_by_tensor_whatever_order_it_is_read_in():
     names = [f"w{n}" for n in range(9)]
     weights = {name: torch.full((2, 3), float(n)) for n, name in enumerate(names)}

@@ -139,6 +139,23 @@ def services_life(arguments: dict[str, Any], ranks: Ranks) -> None:
     save_file(scores, out / "scores.safetensors")
 
 
+class MaskedAway:
+    """A loss without gradient where a pack has no loss token."""
+
+    def __call__(self, output: Any, batch: Any) -> torch.Tensor:
+        if not batch.per_token["loss_mask"].any():
+            return torch.zeros(())
+        return -output.logprobs_T.sum()
+
+
+def constant_loss(arguments: dict[str, Any], ranks: Ranks) -> None:
+    backend = ranks.build(spec(arguments))
+    [pack] = packs(0, 0, [[0, 2]])
+    backend.forward_backward(pack, MaskedAway(), temperature=TEMPERATURE, with_entropy=False)
+    norm = backend.step(1e-3, max_grad_norm=1.0)
+    (Path(arguments["out"]) / "norm.json").write_text(json.dumps(norm))
+
+
 def refusals(arguments: dict[str, Any], ranks: Ranks) -> None:
     """What all ranks refuse leaves them of use; a model that is absent, a state that is another."""
     out, said = Path(arguments["out"]), []

@@ -118,6 +118,20 @@ def test_a_rank_without_sequences_of_its_own_takes_part_and_adds_nothing(run_ran
     _check(_lived(run_ranks, path, "torch", 2, {}, **given), path, 2, **given)
 
 
+def test_a_loss_without_gradient_on_one_rank_leaves_the_others_theirs(run_ranks, tmp_path):
+    path = write_model(tmp_path / "m", "qwen3", 4)
+    out = run_ranks(
+        "led_cases:constant_loss", 2, worker="rank_worker.py", model=str(path), timeout_s=20
+    )
+    alone = TorchBackend()
+    alone.load_hf(path)
+    [pack] = packs(0, 0, [[0, 2]])
+    loss = led_cases.MaskedAway()
+    alone.forward_backward(pack, loss, temperature=TEMPERATURE, with_entropy=False)
+    norm = json.loads((out / "norm.json").read_text())
+    assert norm == pytest.approx(alone.step(1e-3, max_grad_norm=1.0), rel=1e-5)
+
+
 def test_nodes_of_a_group_started_as_the_chart_does_make_one_job(tmp_path):
     """Two launchers of one rank each, on this machine; rank 0 listens for other machines then."""
     path, port = write_model(tmp_path / "m", "qwen3", 6), free_port()
