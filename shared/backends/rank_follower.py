@@ -22,7 +22,8 @@ from shared.backends.building import BackendSpec, Device, build, device_of
 from shared.backends.hf_files import Described
 from shared.backends.rank_codec import ArrivingState, GroupPath, TensorPath, loads
 from shared.backends.rank_commands import Answer, Command, Part, noted, share_of
-from shared.backends.rank_lines import Address, FollowerLine
+from shared.backends.rank_ends import Address
+from shared.backends.rank_lines import FollowerLine
 from shared.backends.rank_scoring import part_of, scored_by
 from shared.backends.rank_world import World, join
 from shared.backends.ranks import BUILD

@@ -16,70 +16,26 @@ import queue
 import secrets
 import signal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
-TOKEN_BYTES = 32
-BEATS_PER_TIMEOUT = 5
-LONGEST_BEAT_S = 2.0
+from shared.backends.rank_ends import (
+    BEAT,
+    HELLO,
+    STOP,
+    TOKEN_BYTES,
+    WORDS,
+    WORK,
+    Address,
+    LineEnd,
+    beat_s,
+    exactly,
+)
+
 STOP_S = 5.0
 """So long a follower that was told to stop may still need to come to its end."""
-
-_HELLO = struct.Struct(f"!{TOKEN_BYTES}sII")
-_BEAT, _WORK, _STOP, _WORDS = b".", b"w", b"s", b"x"
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a follower finds the leader."""
-
-    host: str
-    port: int
-    token: bytes
-
-
-def _beat_s(timeout_s: float) -> float:
-    return min(LONGEST_BEAT_S, timeout_s / BEATS_PER_TIMEOUT)
-
-
-class _End:
-    """One end of a line; whole frames, from any thread."""
-
-    def __init__(self, connected: socket.socket) -> None:
-        connected.settimeout(None)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = connected
-        self._frames: Connection = Connection(os.dup(connected.fileno()))
-        self._sending = threading.Lock()
-        self.heard_at = time.monotonic()
-
-    def send(self, kind: bytes, payload: bytes = b"") -> None:
-        """Raises OSError: the other end is gone."""
-        with self._sending:
-            self._frames.send_bytes(kind + payload)
-
-    def receive(self) -> tuple[bytes, bytes]:
-        """Raises EOFError, OSError: the other end is gone."""
-        frame = self._frames.recv_bytes()
-        self.heard_at = time.monotonic()
-        return frame[:1], frame[1:]
-
-    def cut(self) -> None:
-        """End the line; whoever waits on it is freed."""
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Give the descriptors back; the reader does, when the other end is gone."""
-        self.cut()
-        with self._sending:
-            self._frames.close()
-            self._socket.close()
 
 
 class LeaderLines:
@@ -107,7 +63,7 @@ class LeaderLines:
         )
         self.port: int = self._server.getsockname()[1]
         self.token = secrets.token_bytes(TOKEN_BYTES)
-        self._ends: dict[int, _End] = {}
+        self._ends: dict[int, LineEnd] = {}
         self._answers: dict[int, queue.Queue[bytes | None]] = {}
         self._words: dict[int, str] = {}
         self._closing = False
@@ -144,7 +100,7 @@ class LeaderLines:
                     connected.close()
                     continue
                 self._pids[rank] = pid
-                self._ends[rank] = _End(connected)
+                self._ends[rank] = LineEnd(connected)
                 self._answers[rank] = queue.Queue()
         for rank, end in self._ends.items():
             _start(self._read, rank, end)
@@ -154,7 +110,7 @@ class LeaderLines:
         """Send a command to every follower; one that is gone is found by its reader."""
         for end in self._ends.values():
             with suppress(OSError):
-                end.send(_WORK, payload)
+                end.send(WORK, payload)
 
     def answer(self, rank: int, timeout_s: float) -> bytes | None:
         """Return the follower's next answer; None: not in time, or some rank is lost."""
@@ -167,20 +123,20 @@ class LeaderLines:
         self._closing = True
         for end in self._ends.values():
             with suppress(OSError):
-                end.send(_STOP)
+                end.send(STOP)
 
     def _introduced(self, connected: socket.socket) -> tuple[int, int]:
         """Return rank and process id of who connected; 0, 0: a stranger."""
         connected.settimeout(min(5.0, self._timeout_s))
         try:
-            hello = _exactly(connected, _HELLO.size)
+            hello = exactly(connected, HELLO.size)
         except OSError:
             return 0, 0
-        token, rank, pid = _HELLO.unpack(hello)
+        token, rank, pid = HELLO.unpack(hello)
         known = hmac.compare_digest(token, self.token) and rank in self.ranks
         return (rank, pid) if known and rank not in self._ends else (0, 0)
 
-    def _read(self, rank: int, end: _End) -> None:
+    def _read(self, rank: int, end: LineEnd) -> None:
         while True:
             try:
                 kind, payload = end.receive()
@@ -189,9 +145,9 @@ class LeaderLines:
                 end.close()
                 self._lose(f"rank {rank}: {words}" if words else f"rank {rank}: its process ended")
                 return
-            if kind == _WORK:
+            if kind == WORK:
                 self._answers[rank].put(payload)
-            elif kind == _WORDS:
+            elif kind == WORDS:
                 self._words[rank] = payload.decode(errors="replace")
 
     def _beat(self) -> None:
@@ -199,14 +155,14 @@ class LeaderLines:
             now = time.monotonic()
             for rank, end in self._ends.items():
                 with suppress(OSError):
-                    end.send(_BEAT)
+                    end.send(BEAT)
                 if now - end.heard_at > self._timeout_s:
                     self._lose(f"rank {rank}: silent for {self._timeout_s:g} s")
                     if self._one_machine:
                         with suppress(OSError):
                             os.kill(self._pids[rank], signal.SIGKILL)
                     return
-            time.sleep(_beat_s(self._timeout_s))
+            time.sleep(beat_s(self._timeout_s))
 
     def _lose(self, reason: str) -> None:
         with self._losing:
@@ -238,8 +194,8 @@ class FollowerLine:
             OSError: nothing answers there.
         """
         connected = socket.create_connection((address.host, address.port), timeout=timeout_s)
-        connected.sendall(_HELLO.pack(address.token, rank, os.getpid()))
-        self._end = _End(connected)
+        connected.sendall(HELLO.pack(address.token, rank, os.getpid()))
+        self._end = LineEnd(connected)
         self._timeout_s = timeout_s
         self._leave = leave
         self._commands: queue.Queue[bytes | None] = queue.Queue()
@@ -260,12 +216,12 @@ class FollowerLine:
     def answer(self, payload: bytes) -> None:
         """Answer the command; a leader that is gone is found by the reader."""
         with suppress(OSError):
-            self._end.send(_WORK, payload)
+            self._end.send(WORK, payload)
 
     def last_words(self, text: str) -> None:
         """Say why this process is about to end."""
         with suppress(OSError):
-            self._end.send(_WORDS, text.encode())
+            self._end.send(WORDS, text.encode())
 
     def _read(self) -> None:
         while True:
@@ -276,9 +232,9 @@ class FollowerLine:
                 if not self._ended.is_set():
                     self._leave("the leader is gone")
                 return
-            if kind == _WORK:
+            if kind == WORK:
                 self._commands.put(payload)
-            elif kind == _STOP:
+            elif kind == STOP:
                 self._commands.put(None)
                 stopped = self._ended.wait(STOP_S)
                 self._end.close()
@@ -289,21 +245,11 @@ class FollowerLine:
     def _beat(self) -> None:
         while not self._ended.is_set():
             with suppress(OSError):
-                self._end.send(_BEAT)
+                self._end.send(BEAT)
             if time.monotonic() - self._end.heard_at > self._timeout_s:
                 self._leave(f"the leader has been silent for {self._timeout_s:g} s")
-            time.sleep(_beat_s(self._timeout_s))
+            time.sleep(beat_s(self._timeout_s))
 
 
 def _start(work: Callable[..., None], *arguments: object) -> None:
     threading.Thread(target=work, args=arguments, daemon=True, name="rank-line").start()
-
-
-def _exactly(connected: socket.socket, size: int) -> bytes:
-    found = b""
-    while len(found) < size:
-        part = connected.recv(size - len(found))
-        if not part:
-            raise ConnectionError("closed before it said who it is")
-        found += part
-    return found

@@ -11,7 +11,6 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -22,7 +21,8 @@ from shared.backends.building import BackendSpec, Device, build, device_of
 from shared.backends.led_backend import LedBackend
 from shared.backends.rank_codec import GroupPath, TensorPath, dumps
 from shared.backends.rank_commands import Answer, Command, RanksFailed
-from shared.backends.rank_lines import Address, LeaderLines
+from shared.backends.rank_ends import Address
+from shared.backends.rank_lines import LeaderLines
 from shared.backends.rank_world import World, join
 
 T = TypeVar("T")
@@ -233,9 +233,3 @@ def open_ranks(asked: int, *, key: str, device: Device, timeout_s: float) -> Alo
         lambda spec: build(spec, here, mesh),
         timeout_s=timeout_s,
     )
-
-
-def leave_groups() -> None:
-    """Drop the process groups before the process ends; whoever is lost is not waited for."""
-    with suppress(RuntimeError, AssertionError, ValueError):
-        dist.destroy_process_group()

@@ -1,13 +1,15 @@
 """Lines between ranks, over real sockets, leader and followers as threads."""
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
 
-from shared.backends.rank_lines import Address, FollowerLine, LeaderLines
+from shared.backends.rank_ends import Address
+from shared.backends.rank_lines import FollowerLine, LeaderLines
 
 TIMEOUT_S = 2.0
 
@@ -125,14 +127,15 @@ def test_a_stranger_without_the_token_is_no_rank_and_stops_nobody():
     lines = LeaderLines(1, host="127.0.0.1", timeout_s=5)
     accepting = threading.Thread(target=lines.accept)
     accepting.start()
-    for token in (bytes(32), b""):
+    as_rank_1 = struct.pack("!32sII", bytes(32), 1, 1)
+    for said in (as_rank_1, b"GET / HTTP/1.1\r\n"):
         with socket.create_connection(("127.0.0.1", lines.port)) as stranger:
-            stranger.sendall(token + bytes(8) if token else b"GET / HTTP/1.1\r\n")
+            stranger.sendall(said)
     address = Address("127.0.0.1", lines.port, lines.token)
     follower = FollowerLine(1, address, timeout_s=5, leave=Left())
     accepting.join(5)
     lines.send(b"hello")
-    assert follower.command() == b"hello"
+    assert follower._commands.get(timeout=5) == b"hello"
     lines.stop()
 
 

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from shared.algo.batching import PackedBatch, hollow, pack, share
+from shared.backends.base import Backend
 from shared.backends.building import BackendSpec, build, device_of
 from shared.backends.hf_files import check_given
 from shared.backends.led_backend import LedBackend
 from shared.backends.rank_codec import ArrivingState, dumps, loads
-from shared.backends.rank_commands import Part, RanksFailed, joined, share_of
+from shared.backends.rank_commands import Command, Part, RanksFailed, joined, share_of
+from shared.backends.rank_ends import Address
 from shared.backends.rank_follower import Follower
-from shared.backends.rank_lines import Address, FollowerLine, LeaderLines
+from shared.backends.rank_lines import FollowerLine, LeaderLines
 from shared.backends.rank_world import World
 from shared.backends.ranks import Leader
 
@@ -260,6 +262,41 @@ def test_a_state_arrives_tensor_by_tensor_whatever_order_it_is_read_in():
     for shard in job.shards:
         assert all(torch.equal(shard.weights[n], weights[n]) for n in names)
     assert job.backend.name == "fake"
+
+
+def test_every_method_of_a_backend_is_led_and_followed():
+    methods = {
+        name
+        for name, value in vars(Backend).items()
+        if callable(value) and not name.startswith("_")
+    }
+    led = LedBackend(Recording(), 0, Shard(0, 1))  # type: ignore[arg-type]
+    assert len(methods) >= 10
+    assert methods <= set(dir(led))
+    # stream is a state, forward_backward an accumulate of one
+    for name in methods - {"stream", "forward_backward"}:
+        follower = Follower(None, None, lambda _: None)  # type: ignore[arg-type,return-value]
+        follower._backends[0] = AnyBackend()  # type: ignore[assignment]
+        arguments = {
+            "accumulate": ([], Noting()),
+            "score": (micro(1),),
+            "load_state": ({},),
+        }.get(name, ())
+        options = {"score": {"temperature": 1.0}}.get(name, {})
+        follower._perform(Command(0, name, arguments, options))
+
+
+class Recording:
+    """A leader that is not asked."""
+
+
+class AnyBackend:
+    """Answers to any method."""
+
+    data_rank, data_ranks = 0, 1
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: torch.zeros(3) if name == "score" else []
 
 
 def test_a_state_that_is_refused_leaves_the_job_of_use():

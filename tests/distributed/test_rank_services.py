@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -61,8 +62,19 @@ def confirmed(run: Run) -> int:
     return (run.run_dir / "logs" / "learner-0.log").read_text().count('"version_confirmed"')
 
 
-def test_a_learner_and_an_oracle_of_two_ranks_train_exactly(start) -> None:
-    run = start("logit_oracle.ranks=2")
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param((), id="fsdp2"),
+        pytest.param(
+            ("model.backend=megatron", "model.layout.tp=2"),
+            id="tp2",
+            marks=pytest.mark.skipif(find_spec("megatron") is None, reason="extra megatron"),
+        ),
+    ],
+)
+def test_a_learner_and_an_oracle_of_two_ranks_train_exactly(start, layout) -> None:
+    run = start("logit_oracle.ranks=2", *layout)
     assert run.wait(400) == 0, run.output()
     summary = run.summary()
     assert_sound(summary, VERSIONS)
