@@ -54,7 +54,8 @@ class Follower:
                 answer = Answer(refusal=" ".join(str(error).split())[:300] or repr(error))
             except Exception as error:
                 text = " ".join(str(error).split())[:300]
-                self._line.last_words(f"{command.method}: {type(error).__name__}: {text}")
+                if self._line.last_words(f"{command.method}: {type(error).__name__}: {text}"):
+                    return
                 raise
             self._line.answer(pickle.dumps(answer))
 

@@ -34,6 +34,9 @@ from shared.backends.rank_ends import (
     exactly,
 )
 
+LOSS_S = 3.0
+"""What a lost rank breaks elsewhere shows at once; the loss is known at the latest this much later.
+"""
 STOP_S = 5.0
 """So long a follower that was told to stop may still need to come to its end."""
 
@@ -143,7 +146,7 @@ class LeaderLines:
             except (EOFError, OSError):
                 words = self._words.get(rank)
                 end.close()
-                self._lose(f"rank {rank}: {words}" if words else f"rank {rank}: its process ended")
+                self._lose(rank, words or "its process ended")
                 return
             if kind == WORK:
                 self._answers[rank].put(payload)
@@ -157,23 +160,28 @@ class LeaderLines:
                 with suppress(OSError):
                     end.send(BEAT)
                 if now - end.heard_at > self._timeout_s:
-                    self._lose(f"rank {rank}: silent for {self._timeout_s:g} s")
+                    self._lose(rank, f"silent for {self._timeout_s:g} s")
                     if self._one_machine:
                         with suppress(OSError):
                             os.kill(self._pids[rank], signal.SIGKILL)
                     return
             time.sleep(beat_s(self._timeout_s))
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, rank: int, how: str) -> None:
+        """Note the first loss; the other ranks, of no use without this one, are told to end."""
         with self._losing:
             if self.lost.is_set() or self._closing:
                 return
-            self.reason = reason
+            self.reason = f"rank {rank}: {how}"
             self.lost.set()
         for answers in self._answers.values():
             answers.put(None)
-        for end in self._ends.values():
-            end.cut()
+        for other, end in self._ends.items():
+            if other == rank:
+                end.cut()
+            else:
+                with suppress(OSError):
+                    end.send(STOP)
 
 
 class FollowerLine:
@@ -199,6 +207,7 @@ class FollowerLine:
         self._timeout_s = timeout_s
         self._leave = leave
         self._commands: queue.Queue[bytes | None] = queue.Queue()
+        self._told = threading.Event()
         self._ended = threading.Event()
         _start(self._read)
         _start(self._beat)
@@ -218,10 +227,18 @@ class FollowerLine:
         with suppress(OSError):
             self._end.send(WORK, payload)
 
-    def last_words(self, text: str) -> None:
-        """Say why this process is about to end."""
+    def last_words(self, text: str) -> bool:
+        """Say why this process is about to end.
+
+        Returns:
+            Whether the leader had all ranks end meanwhile: another one was lost before.
+        """
         with suppress(OSError):
             self._end.send(WORDS, text.encode())
+        if not self._told.wait(LOSS_S):
+            return False
+        self._ended.set()
+        return True
 
     def _read(self) -> None:
         while True:
@@ -235,6 +252,7 @@ class FollowerLine:
             if kind == WORK:
                 self._commands.put(payload)
             elif kind == STOP:
+                self._told.set()
                 self._commands.put(None)
                 stopped = self._ended.wait(STOP_S)
                 self._end.close()

@@ -22,13 +22,11 @@ from shared.backends.led_backend import LedBackend
 from shared.backends.rank_codec import GroupPath, TensorPath, dumps
 from shared.backends.rank_commands import Answer, Command, RanksFailed
 from shared.backends.rank_ends import Address
-from shared.backends.rank_lines import LeaderLines
+from shared.backends.rank_lines import LOSS_S, LeaderLines
 from shared.backends.rank_world import World, join
 
 T = TypeVar("T")
 
-LOSS_S = 3.0
-"""A collective fails the moment a rank dies; its line says so at the latest this much later."""
 BUILD = "build"
 """The command that makes a new backend."""
 

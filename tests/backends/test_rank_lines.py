@@ -80,9 +80,20 @@ def test_a_follower_that_ends_is_named_at_once_and_frees_who_waits_for_it():
     assert lines.reason == "rank 2: its process ended"
 
 
-def test_last_words_are_the_reason():
+def test_of_a_lost_rank_the_others_are_told_and_blame_nobody():
+    lines, followers, left = connect(2, timeout_s=60)
+    followers[0]._end.cut()
+    # what the loss broke here is no reason of its own
+    assert followers[1].last_words("accumulate: connection closed by peer")
+    until(lambda: bool(lines.reason), 5)
+    assert lines.reason == "rank 1: its process ended"
+    assert not left[1].reasons
+
+
+def test_last_words_are_the_reason(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shared.backends.rank_lines.LOSS_S", 0.2)
     lines, followers, _ = connect(1)
-    followers[0].last_words("step: out of memory")
+    assert not followers[0].last_words("step: out of memory")
     followers[0]._end.cut()
     until(lambda: bool(lines.reason), 5)
     assert lines.reason == "rank 1: step: out of memory"

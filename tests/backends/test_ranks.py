@@ -325,7 +325,8 @@ def test_a_tensor_that_is_read_in_order_is_let_go():
 
 
 # --- failures
-def test_a_follower_that_fails_alone_ends_the_job_with_its_words():
+def test_a_follower_that_fails_alone_ends_the_job_with_its_words(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("shared.backends.rank_lines.LOSS_S", 0.2)
     job = Job(Shard(0, 1), Shard(0, 1, fails=RuntimeError("out of memory")))
     with pytest.raises(RanksFailed, match="rank 1: step: RuntimeError: out of memory"):
         job.backend.step(0.1, max_grad_norm=1.0)
