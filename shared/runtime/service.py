@@ -31,7 +31,7 @@ from shared.runtime.nats_bus import connect
 from shared.runtime.options import Options, parse_options, read_config
 from shared.runtime.rank_life import die_with_launcher, is_follower, is_rank, leave_now
 from shared.runtime.sections import CommonConfig
-from shared.runtime.signals import leave_at_sigterm, stop_on_signals, unless_stopped
+from shared.runtime.signals import end_at_signals, leave_at_sigterm, stop_on_signals, unless_stopped
 from shared.wire.codec import encode
 from shared.wire.subjects import Subjects
 from shared.wire.telemetry import Role
@@ -135,6 +135,7 @@ async def _guarded(role: Role, pod: str, config: C, serve: Serve[C], log: Log) -
         raise  # Ctrl-C before the service took over the signals
     except BaseException as error:  # noqa: BLE001 - the shell: every end gets its line and code
         code = _report(role, error, log)
+        end_at_signals(code)
     else:
         code = EXIT_CLEAN
     _leave_for_certain(code)
