@@ -6,9 +6,12 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Protocol
 
-from shared.runtime.errors import Fatal
+from shared.runtime.errors import ConfigError, Fatal, Fenced
+from shared.runtime.service import cause_of
 
 _LOOK_S = 0.1
+_OWN_WORDS_S = 1.0
+"""What `work` itself knows of the failure (a full disk) comes so soon, or it waits for the peer."""
 
 
 class Peers(Protocol):
@@ -30,7 +33,7 @@ async def unless_lost(peers: Peers, work: Awaitable[None], then: str) -> None:
 
     Raises:
         Fatal: names the peer.
-        Exception: what `work` raised while nobody was lost.
+        Exception: what `work` raised while nobody was lost, or said on purpose all the same.
     """
     working = asyncio.ensure_future(work)
     try:
@@ -38,9 +41,12 @@ async def unless_lost(peers: Peers, work: Awaitable[None], then: str) -> None:
             await asyncio.wait([working], timeout=_LOOK_S)
         if not peers.reason:
             return working.result()
+        await asyncio.wait([working], timeout=_OWN_WORDS_S)
     finally:
         working.cancel()
         cause = (await asyncio.gather(working, return_exceptions=True))[0]
+    if isinstance(cause, Exception) and isinstance(cause_of(cause), ConfigError | Fatal | Fenced):
+        raise cause
     raise Fatal(f"{peers.reason}: {then}") from (
         cause if isinstance(cause, BaseException) else None
     )

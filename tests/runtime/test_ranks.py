@@ -175,6 +175,18 @@ async def test_work_that_waits_for_a_lost_peer_is_given_up_and_the_peer_named():
     stuck.set()
 
 
+async def test_what_the_work_says_on_purpose_decides_over_what_its_failure_did_to_peers():
+    peers = Peers()
+
+    async def work() -> None:
+        peers.reason = "rank 0: save: No space left on device"
+        await asyncio.sleep(0.3)  # it is on its way
+        raise Fatal("checkpoint v7: free some space")
+
+    with pytest.raises(Fatal, match="free some space"):
+        await unless_lost(peers, work(), "again")
+
+
 async def test_what_fails_because_of_a_lost_peer_is_told_as_its_loss():
     peers = Peers()
 
