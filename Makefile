@@ -108,7 +108,7 @@ $(MEGATRON): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) megatron
 	@touch $@
 
-test-distributed: $(MEGATRON) ## backends on several ranks: FSDP2 and megatron-core layouts (10 minutes)
+test-distributed: $(MEGATRON) ## backends and services on several ranks: FSDP2 and megatron-core layouts (20 minutes)
 	$(RUN) $(BIN)/python -m pytest tests/distributed $(PYTEST_ARGS)
 
 $(CHART): $(DEV)

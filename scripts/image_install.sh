@@ -5,8 +5,9 @@ set -eu
 constraints=constraints.txt
 # hub: the init container that fetches an hf:// model runs in the role's own image.
 case $SERVICE in
-    learner) extra=learner,hub,s3,nkeys torch=1 ;;
-    logit-oracle) extra=logit-oracle,hub,s3,nkeys torch=1 ;;
+    # megatron-core is small and brings nothing along
+    learner) extra=learner,megatron,hub,s3,nkeys torch=1 ;;
+    logit-oracle) extra=logit-oracle,megatron,hub,s3,nkeys torch=1 ;;
     rollout)
         torch=1
         # vLLM where there is a GPU; it holds transformers and numba back.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import cast
-
-import torch
 
 from services.learner.config import LearnerConfig
 from services.learner.positions import Positions
@@ -21,29 +19,48 @@ from services.learner.step_inputs import StepInputs
 from services.learner.task_source import TaskSource
 from shared.backends.adamw import AdamWSettings
 from shared.backends.base import Backend
-from shared.backends.layer_options import LayerOptions
-from shared.backends.torch_backend import TorchBackend
+from shared.backends.building import BackendSpec
+from shared.backends.rank_commands import RanksFailed
+from shared.backends.ranks import Ranks, open_ranks
 from shared.runtime.context import Context
-from shared.runtime.errors import ConfigError
+from shared.runtime.errors import ConfigError, Fatal
 
 
-def load_backend(config: LearnerConfig) -> Backend:
-    """Build the backend and load the model directory.
+def meet_ranks(config: LearnerConfig) -> Ranks:
+    """Meet the other ranks, of which this process is the first.
+
+    Raises:
+        ConfigError: another number of processes was started, or a device is missing.
+        Fatal: the others did not come.
+    """
+    model = config.model
+    try:
+        return open_ranks(
+            config.learner.ranks,
+            key="learner.ranks",
+            device=model.device,
+            timeout_s=model.rank_timeout_s,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except RanksFailed as error:
+        raise Fatal(f"{error} (model.rank_timeout_s)") from error
+
+
+def load_backend(config: LearnerConfig, ranks: Ranks) -> Backend:
+    """Build the backend on all ranks and load the model directory.
 
     Raises:
         ConfigError: one line that names what is wrong with the directory.
+        RanksFailed: a rank was lost.
     """
     optimizer = config.learner.optimizer
-    backend = TorchBackend(
-        getattr(torch, config.model.dtype),
-        optimizer=AdamWSettings(betas=optimizer.betas, weight_decay=optimizer.weight_decay),
-        options=LayerOptions(recompute=config.model.recompute, compile=config.model.compile),
-    )
+    adamw = AdamWSettings(betas=optimizer.betas, weight_decay=optimizer.weight_decay)
     try:
-        backend.load_hf(Path(config.model.source))
+        return ranks.build(BackendSpec.of(config.model, adamw))
     except (ValueError, OSError) as error:
-        raise ConfigError(f"model.source: {error}") from error
-    return backend
+        text = str(error)
+        raise ConfigError(text if text.startswith("model.") else f"model.source: {text}") from error
 
 
 def load_task_source(config: LearnerConfig) -> TaskSource:
@@ -61,26 +78,48 @@ def load_task_source(config: LearnerConfig) -> TaskSource:
 
 
 def make_inputs(
-    context: Context, config: LearnerConfig, backend: Backend, positions: Positions
+    context: Context,
+    config: LearnerConfig,
+    backend: Backend,
+    positions: Positions,
+    make_scorer: Callable[[], Backend],
 ) -> StepInputs:
     """Build the configured old-logit route, its shadows and the reference model.
+
+    Args:
+        context: of the process.
+        config: of the run.
+        backend: the weights being trained.
+        positions: how far the logs have been read.
+        make_scorer: makes further models of the same architecture, from the model directory.
 
     Raises:
         ConfigError: no such route.
     """
-    section, at = config.old_logprobs, _route_context(context, config, backend)
+    section = config.old_logprobs
+    at = RouteContext(
+        backend=backend,
+        make_scorer=make_scorer,
+        bus=context.bus,
+        log=context.log,
+        weights=config.weights,
+        section=section,
+        temperature=config.sampling.temperature,
+        pack_tokens=config.learner.optimizer.micro_batch_tokens,
+        max_staleness=config.admission.max_staleness,
+    )
     of_anchor = section.model_copy(update={"route": section.anchor, "fallback": ""})
     return StepInputs(
         _make_route(section.route, at),
-        make_shadows(context, config, backend),
-        _make_reference(config),
+        make_shadows(context, config, at),
+        _make_reference(config, make_scorer),
         ScoreStore(context, backend, section.layout),
         positions,
         _make_route(section.anchor, replace(at, section=of_anchor)) if section.anchor else None,
     )
 
 
-def make_shadows(context: Context, config: LearnerConfig, backend: Backend) -> Shadows:
+def make_shadows(context: Context, config: LearnerConfig, of_route: RouteContext) -> Shadows:
     """Build the routes that look on, each with its defaults and bounds of its own."""
     own = {
         "ewma": None,
@@ -90,7 +129,7 @@ def make_shadows(context: Context, config: LearnerConfig, backend: Backend) -> S
     routes: list[OldLogprobRoute] = []
     for name in config.old_logprobs.shadow:
         section = config.old_logprobs.model_copy(update={**own, "route": name})
-        at = replace(_route_context(context, config, backend), section=section)
+        at = replace(of_route, section=section)
         routes.append(StoredScores(at) if name == "oracle" else _make_route(name, at))
     return Shadows(
         context,
@@ -107,26 +146,12 @@ def _make_route(name: str, context: RouteContext) -> OldLogprobRoute:
     return ROUTES[name](context)
 
 
-def _route_context(context: Context, config: LearnerConfig, backend: Backend) -> RouteContext:
-    return RouteContext(
-        backend=backend,
-        make_scorer=lambda: load_backend(config),
-        bus=context.bus,
-        log=context.log,
-        weights=config.weights,
-        section=config.old_logprobs,
-        temperature=config.sampling.temperature,
-        pack_tokens=config.learner.optimizer.micro_batch_tokens,
-        max_staleness=config.admission.max_staleness,
-    )
-
-
-def _make_reference(config: LearnerConfig) -> Reference | None:
+def _make_reference(config: LearnerConfig, make: Callable[[], Backend]) -> Reference | None:
     """Return the reference model of the KL term, None where it is off."""
     if not config.learner.algo.kl.coefficient:
         return None
     return Reference(
-        lambda: load_backend(config),
+        make,
         temperature=config.sampling.temperature,
         pack_tokens=config.learner.optimizer.micro_batch_tokens,
     )

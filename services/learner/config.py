@@ -79,6 +79,9 @@ class LearnerSection(Section):
     max_skipped_steps: int = Field(default=10, ge=0)
     """A loss or gradient that is not finite skips its optimizer step; more than so many in a row
     stop the run."""
+    ranks: int = Field(default=1, gt=0)
+    """Processes that train together, started by torchrun; the first one owns the bus. `lagwise up`
+    and the chart start them."""
     sync_wait_s: float = Field(default=30.0, gt=0)
     """Longest delay of a publication for rollouts that are behind."""
     shadow_every: int = Field(default=1, gt=0)
@@ -94,6 +97,7 @@ class LearnerConfig(CommonConfig):
 
     @model_validator(mode="after")
     def _can_act(self) -> Self:
+        self.model.check_ranks(self.learner.ranks, "learner.ranks")
         anchor, kind = self.old_logprobs.anchor, self.learner.algo.objective.kind
         if self.learner.algo.objective.needs_prox != bool(anchor):
             raise ValueError(

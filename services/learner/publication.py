@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,8 @@ class Publication:
         """
         manifest = self._publisher.head
         if manifest is not None and not self._publisher.holds:
-            await self._publisher.hold({n: t.clone() for n, t in self._backend.state().items()})
+            state = await self._state()
+            await self._publisher.hold({n: t.clone() for n, t in state.items()})
 
     async def commit(
         self, version: int, *, epoch: int, optimizer_steps: int, previous: dict[str, torch.Tensor]
@@ -100,12 +101,16 @@ class Publication:
         canary = await asyncio.to_thread(self._canary)
         await self._wait_for_rollouts(version)
         return await self._publisher.publish(
-            self._backend.state(),
+            await self._state(),
             canary=canary,
             epoch=epoch,
             optimizer_steps=optimizer_steps,
             previous_state=previous or None,
         )
+
+    async def _state(self) -> Mapping[str, torch.Tensor]:
+        """Gathering it from several ranks takes its time: not on the event loop."""
+        return await asyncio.to_thread(self._backend.state)
 
     def _canary(self) -> Canary:
         return make_canary(self._scorer, self._canary_ids, self._backend.dtype)
@@ -116,7 +121,7 @@ class Publication:
             raise Fatal(
                 f"version {version} was committed but its manifest is purged: cannot resume"
             )
-        if not verify_same(committed, self._backend.state()):
+        if not verify_same(committed, await self._state()):
             raise Fatal(
                 f"version {version}: replaying the journal gave other bytes than the committed "
                 f"digest {committed.digest}; forking is not supported yet: start a fresh run"

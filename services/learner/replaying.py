@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from services.learner.building import load_backend, make_inputs
+from services.learner.building import load_backend, make_inputs, meet_ranks
 from services.learner.config import LearnerConfig
 from services.learner.desk import Desk
 from services.learner.journal_log import JournalLog
@@ -93,11 +94,12 @@ class Replay:
     ) -> bool:
         config = _offline(stretch.config, self._folder)
         context = Context("learner", "replay", f"replay-{number}", bus, Log("replay", "replay"))
-        backend = load_backend(config)
+        make_backend = partial(load_backend, config, meet_ranks(config))
+        backend = make_backend()
         if not number and "manifests" not in self._records:
             await _check_model(bus, config, state_digest(backend))
         positions = Positions(bus)
-        inputs = make_inputs(context, config, backend, positions)
+        inputs = make_inputs(context, config, backend, positions, make_backend)
         journal = JournalLog(bus)
         publisher = make_publisher(
             config.weights, bus, context.log, model_id=config.model.model_id, producer="replay"

@@ -11,13 +11,16 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Literal
 
 from services.learner.building import (
     load_backend,
     load_task_source,
     make_inputs,
+    meet_ranks,
 )
 from services.learner.completing import Completer
 from services.learner.config import LearnerConfig
@@ -35,11 +38,13 @@ from services.learner.step_telemetry import bounds
 from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
 from shared.backends.base import Backend
+from shared.backends.ranks import Ranks
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
 from shared.runtime.errors import BusError, Conflict
 from shared.runtime.intake import accept
 from shared.runtime.leases import LeaseBoard
+from shared.runtime.peers import unless_lost
 from shared.weights.assembly import make_publisher
 from shared.weights.retention import oldest_needed
 from shared.wire.codec import encode
@@ -61,25 +66,40 @@ async def serve(context: Context, config: LearnerConfig) -> None:
     Raises:
         ConfigError: model directory or task source cannot be used.
         Fenced: another learner took over.
-        Fatal: the run cannot go on.
+        Fatal: the run cannot go on, or a rank of this learner was lost.
     """
-    backend = await asyncio.to_thread(load_backend, config)
+    ranks = await asyncio.to_thread(meet_ranks, config)
+    try:
+        work = _serve_on(context, config, ranks)
+        await unless_lost(ranks, work, "starting again from the last checkpoint")
+    finally:
+        ranks.close()
+
+
+async def _serve_on(context: Context, config: LearnerConfig, ranks: Ranks) -> None:
+    make_backend = partial(load_backend, config, ranks)
+    backend = await asyncio.to_thread(make_backend)
     source = load_task_source(config)
     await context.bus.create_streams()
-    shell = _Shell(context, config, backend, source)
+    shell = _Shell(context, config, backend, source, make_backend)
     await shell.run()
 
 
 class _Shell:
     def __init__(
-        self, context: Context, config: LearnerConfig, backend: Backend, source: TaskSource
+        self,
+        context: Context,
+        config: LearnerConfig,
+        backend: Backend,
+        source: TaskSource,
+        make_scorer: Callable[[], Backend],
     ) -> None:
         self._context = context
         self._config = config
         self._bus = context.bus
         self._source = source
         self._positions = Positions(context.bus)
-        self._inputs = make_inputs(context, config, backend, self._positions)
+        self._inputs = make_inputs(context, config, backend, self._positions, make_scorer)
         self._route = self._inputs.route
         self._board = LeaseBoard(context.bus, config.telemetry.lease_expiry_s)
         self._journal = JournalLog(context.bus)

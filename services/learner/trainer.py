@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,11 @@ import torch
 from services.learner.config import LearnerSection
 from services.learner.items import BatchItems, Item, pack_items, shuffled_minibatches
 from services.learner.schedule import learning_rate
-from shared.algo.batching import PackedBatch, balance
+from shared.algo.batching import PackedBatch, hollow, share
 from shared.algo.loss_report import by_minibatch
 from shared.algo.policy_loss import MinibatchLoss, PolicyLoss, count
 from shared.algo.proximal import Proxy
-from shared.algo.shadow import SCATTER_SIZE, ShadowLosses, ShadowReport, ShadowStep
+from shared.algo.shadow import SCATTER_SIZE, SeenTokens, ShadowLosses, ShadowReport, ShadowStep
 from shared.backends.base import Backend, ForwardOutput, LossFn
 
 
@@ -118,8 +119,16 @@ class Trainer:
         )
 
     def _micro_batches(self, items: list[Item]) -> list[PackedBatch]:
-        packs = balance([i.num_tokens for i in items], self._section.optimizer.micro_batch_tokens)
-        return [pack_items([items[index] for index in pack]) for pack in packs]
+        """Lay out the step: of n data-parallel shares, share r takes every n-th from the r-th."""
+        lengths = [item.num_tokens for item in items]
+        shares = share(
+            lengths, self._section.optimizer.micro_batch_tokens, self._backend.data_ranks
+        )
+        packs = [pack for step in zip(*shares, strict=True) for pack in step]
+        return [
+            pack_items([items[index] for index in pack]) if pack else hollow(pack_items(items[:1]))
+            for pack in packs
+        ]
 
     def _note(
         self,
@@ -171,6 +180,19 @@ class _Watched:
             except Exception as error:  # noqa: BLE001 - whoever looks on must not stop the step
                 self.failure = f"{type(error).__name__}: {error}"
         return result
+
+    def collected(self) -> list[tuple[Any, dict[str, SeenTokens], str]]:
+        """Return what the loss and its shadows noted of every micro-batch, and the failure."""
+        noted = self.loss.collected()
+        seen = [{name: s.cpu() for name, s in micro.items()} for micro in self.shadow.seen]
+        seen += [{}] * (len(noted) - len(seen))
+        return [(one, shadows, self.failure) for one, shadows in zip(noted, seen, strict=True)]
+
+    def merge(self, entries: Sequence[tuple[Any, dict[str, SeenTokens], str]]) -> None:
+        """Take these for what was seen, whichever ranks saw them; one failure is everybody's."""
+        self.loss.merge([noted for noted, _, _ in entries])
+        self.shadow.seen = [shadows for _, shadows, _ in entries]
+        self.failure = next((failure for _, _, failure in entries if failure), self.failure)
 
     def report(self, num_ages: int) -> ShadowReport:
         """Return the comparison; an empty one after a failure."""

@@ -13,5 +13,11 @@ async def _serve(context: Context, config: LogitOracleConfig) -> None:
     await serve(context, config)
 
 
+def _follow(config: LogitOracleConfig) -> None:
+    from services.logit_oracle.service import follow
+
+    follow(config)
+
+
 if __name__ == "__main__":
-    launch("logit_oracle", LogitOracleConfig, _serve)
+    launch("logit_oracle", LogitOracleConfig, _serve, follow=_follow)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.runtime.sections import CommonConfig, Section
 
@@ -46,6 +46,9 @@ class LogitOracleSection(Section):
     """How often the control document is read."""
     streams_timeout_s: float = Field(default=60.0, gt=0)
     """How long to wait at start until the learner has created the streams."""
+    ranks: int = Field(default=1, gt=0)
+    """Processes of one oracle that hold the model together, started by torchrun; the first one
+    owns the bus."""
     drain_s: float = Field(default=10.0, gt=0)
     """At a stop: for scoring and storing what is held, before the rest is handed back."""
 
@@ -54,3 +57,8 @@ class LogitOracleConfig(CommonConfig):
     """What a logit oracle reads."""
 
     logit_oracle: LogitOracleSection = LogitOracleSection()
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        self.model.check_ranks(self.logit_oracle.ranks, "logit_oracle.ranks")
+        return self

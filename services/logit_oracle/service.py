@@ -14,21 +14,23 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from services.logit_oracle.bench import Bench
 from services.logit_oracle.config import LogitOracleConfig
 from services.logit_oracle.oracle import Oracle
-from shared.backends.layer_options import LayerOptions
-from shared.backends.torch_backend import TorchBackend
+from shared.backends.building import BackendSpec
+from shared.backends.rank_commands import RanksFailed
+from shared.backends.rank_follower import follow as follow_leader
+from shared.backends.ranks import Ranks, open_ranks
 from shared.runtime.context import Context
-from shared.runtime.errors import ConfigError
+from shared.runtime.errors import ConfigError, Fatal
+from shared.runtime.peers import unless_lost
 from shared.weights.assembly import make_follower, make_history
 
 QUEUE = "logit_oracle"
 """Durable name of the work queue's consumer; oracles share it."""
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+RANKS = "logit_oracle.ranks"
+"""Where the configuration says how many processes an oracle is."""
 
 
 async def serve(context: Context, config: LogitOracleConfig) -> None:
@@ -37,16 +39,50 @@ async def serve(context: Context, config: LogitOracleConfig) -> None:
     Raises:
         ConfigError: the model directory cannot be used.
         BusUnavailable: the bus did not answer within its bounds.
-        Fatal: the published weights do not fit the model.
+        Fatal: the published weights do not fit the model, or a rank of this oracle was lost.
     """
-    section = config.logit_oracle
-    source = Path(config.model.source)
-    backend = TorchBackend(
-        DTYPES[config.model.dtype], options=LayerOptions(compile=config.model.compile)
-    )
     context.health.set_unready("loading the model")
     try:
-        await asyncio.to_thread(backend.load_hf, source)
+        ranks = await asyncio.to_thread(
+            open_ranks,
+            config.logit_oracle.ranks,
+            key=RANKS,
+            device=config.model.device,
+            timeout_s=config.model.rank_timeout_s,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    except RanksFailed as error:
+        raise Fatal(f"{error} (model.rank_timeout_s)") from error
+    try:
+        await unless_lost(ranks, _serve_on(context, config, ranks), "starting again")
+    finally:
+        ranks.close()
+
+
+def follow(config: LogitOracleConfig) -> None:
+    """Follow rank 0 until it ends: what a rank above 0 does.
+
+    Raises:
+        ConfigError: another number of processes was started, or a device is missing.
+    """
+    try:
+        follow_leader(
+            config.logit_oracle.ranks,
+            key=RANKS,
+            device=config.model.device,
+            timeout_s=config.model.rank_timeout_s,
+            name="logit_oracle",
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+async def _serve_on(context: Context, config: LogitOracleConfig, ranks: Ranks) -> None:
+    section = config.logit_oracle
+    source = Path(config.model.source)
+    try:
+        backend = await asyncio.to_thread(ranks.build, BackendSpec.of(config.model))
         num_vocab = vocabulary(source)
     except ValueError as error:
         raise ConfigError(str(error)) from error

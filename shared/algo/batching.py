@@ -63,6 +63,18 @@ def pack(
     )
 
 
+def hollow(like: PackedBatch) -> PackedBatch:
+    """Return a pack of one token that carries no loss: a forward that a rank only takes part in."""
+    per_token = {name: values_T[:1].clone() for name, values_T in like.per_token.items()}
+    mask_T = like.per_token.get("loss_mask", like.token_ids_T)
+    return PackedBatch(
+        token_ids_T=like.token_ids_T[:1].clone(),
+        positions_T=torch.zeros_like(like.positions_T[:1]),
+        lengths=(1,),
+        per_token={**per_token, "loss_mask": torch.zeros_like(mask_T[:1])},
+    )
+
+
 def balance(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Group sequence indices into packs of at most `max_tokens`, longest first (first fit).
 

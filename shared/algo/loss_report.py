@@ -38,6 +38,23 @@ class TokenTrace:
     """bool[N]: a bound changed the token's weight without removing it."""
     num_segments: int
 
+    def cpu(self) -> TokenTrace:
+        """Return the same on the CPU."""
+        return TokenTrace(
+            log_d_N=self.log_d_N.cpu(),
+            log_s_N=self.log_s_N.cpu(),
+            l_inf_N=self.l_inf_N.cpu(),
+            weight_N=self.weight_N.cpu(),
+            adv_N=self.adv_N.cpu(),
+            versions_N=self.versions_N.cpu(),
+            seq_N=self.seq_N.cpu(),
+            entropy_N=None if self.entropy_N is None else self.entropy_N.cpu(),
+            rejected={cause: values_N.cpu() for cause, values_N in self.rejected.items()},
+            cut={cause: values_N.cpu() for cause, values_N in self.cut.items()},
+            truncated=self.truncated.cpu(),
+            num_segments=self.num_segments,
+        )
+
 
 def report(
     traces: Sequence[TokenTrace],

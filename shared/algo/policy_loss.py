@@ -284,8 +284,8 @@ class MinibatchLoss:
     first: bool
     weight_mean: float | None = None
     traces: list[TokenTrace] = field(default_factory=list[TokenTrace], init=False)
-    loss: float = field(default=0.0, init=False)
-    """Sum of the micro-batches' losses."""
+    losses: list[float] = field(default_factory=list[float], init=False)
+    """Of the micro-batches, as the traces."""
 
     def __call__(self, output: Output, batch: PackedBatch) -> torch.Tensor:
         """Return the scalar to differentiate."""
@@ -297,8 +297,26 @@ class MinibatchLoss:
             weight_mean=self.weight_mean,
         )
         self.traces.append(trace)
-        self.loss += float(loss.detach())
+        self.losses.append(float(loss.detach()))
         return loss
+
+    @property
+    def loss(self) -> float:
+        """Sum of the micro-batches' losses."""
+        total = 0.0
+        for loss in self.losses:
+            total += loss
+        return total
+
+    def collected(self) -> list[tuple[TokenTrace, float]]:
+        """Return trace and loss of every micro-batch seen, in order, on the CPU."""
+        traces = [trace.cpu() for trace in self.traces]
+        return list(zip(traces, self.losses, strict=True))
+
+    def merge(self, entries: Sequence[tuple[TokenTrace, float]]) -> None:
+        """Take these for what was seen: of all micro-batches, whichever ranks saw them."""
+        self.traces = [trace for trace, _ in entries]
+        self.losses = [loss for _, loss in entries]
 
     def report(
         self, *, scatter_size: int = 256, num_ages: int | None = None

@@ -112,13 +112,17 @@ class ShadowLosses:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class SeenTokens:
     """A micro-batch under one route."""
 
     trace: TokenTrace | None
     """Of the tokens that the route has a number for; None without any."""
     known_C: torch.Tensor
     """bool[C]: which of the compared tokens those are."""
+
+    def cpu(self) -> SeenTokens:
+        """Return the same on the CPU."""
+        return SeenTokens(self.trace.cpu() if self.trace else None, self.known_C.cpu())
 
 
 @dataclass
@@ -128,11 +132,15 @@ class ShadowStep:
     losses: ShadowLosses
     denominators: Denominators
     version_now: int
-    _seen: dict[str, list[_Seen]] = field(default_factory=dict[str, list[_Seen]], init=False)
+    seen: list[dict[str, SeenTokens]] = field(
+        default_factory=list[dict[str, "SeenTokens"]], init=False
+    )
+    """By micro-batch and route; {} where no token was compared."""
 
     @torch.no_grad()
     def observe(self, output: Output, batch: PackedBatch, trained: TokenTrace) -> None:
         """Take a micro-batch that the loss has just seen, and the trace it left."""
+        self.seen.append({})
         name = self.losses.trained
         mask_T = batch.per_token["loss_mask"].bool()
         if (compared_T := batch.per_token.get(COMPARED)) is not None:
@@ -142,7 +150,7 @@ class ShadowStep:
             batch = _with(batch, loss_mask=mask_T)
             trained = self._trace(name, output, batch)
         all_C = torch.ones(int(mask_T.sum()), dtype=torch.bool)
-        self._seen.setdefault(name, []).append(_Seen(trained, all_C))
+        self.seen[-1][name] = SeenTokens(trained, all_C)
         for route in self.losses.routes:
             old_T = _old(route, output, batch)
             if old_T is None:
@@ -152,14 +160,18 @@ class ShadowStep:
             if known_T.any():
                 of_route = _with(batch, old_logprobs=old_T, loss_mask=known_T)
                 trace = self._trace(route.name, output, of_route)
-            self._seen.setdefault(route.name, []).append(_Seen(trace, known_T[mask_T].cpu()))
+            self.seen[-1][route.name] = SeenTokens(trace, known_T[mask_T].cpu())
 
     def report(self, *, num_ages: int) -> ShadowReport:
         """Return the comparison over all micro-batches."""
         report = ShadowReport({}, {}, {})
         reference, trained = self.losses.reference, self.losses.trained
-        exact = _joined(self._seen.get(reference or "", []))
-        for name, seen in self._seen.items():
+        by_route: dict[str, list[SeenTokens]] = {}
+        for micro in self.seen:
+            for name, tokens in micro.items():
+                by_route.setdefault(name, []).append(tokens)
+        exact = _joined(by_route.get(reference or "", []))
+        for name, seen in by_route.items():
             tokens = _joined(seen)
             if tokens is None:
                 continue
@@ -249,7 +261,7 @@ class _Tokens:
         }
 
 
-def _joined(seen: Sequence[_Seen]) -> _Tokens | None:
+def _joined(seen: Sequence[SeenTokens]) -> _Tokens | None:
     traces = [one.trace for one in seen if one.trace is not None]
     if not traces:
         return None

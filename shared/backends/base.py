@@ -51,7 +51,9 @@ class Backend(Protocol):
     turns into the same forward, bit for bit in the same layout.
 
     On several ranks every method is a collective: all ranks call the same ones in the same order,
-    with the same batches inside one data-parallel share (`docs/backends.md`).
+    with the same batches inside one data-parallel share (`docs/backends.md`). Services hold a
+    `LedBackend` then, which has the other ranks do as it does; a method that is added here is added
+    there, and to what followers perform.
     """
 
     name: str

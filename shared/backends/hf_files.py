@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,24 @@ from safetensors.torch import save_file
 SHARD_BYTES = 4 << 30
 """Of one written file."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
+
+Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype by name."""
+
+
+class DescribedState(Mapping[str, torch.Tensor]):
+    """A state that says what it holds without reading it."""
+
+    @property
+    @abstractmethod
+    def described(self) -> Described: ...
+
+
+def describe(state: Mapping[str, torch.Tensor]) -> Described:
+    """Return shape and dtype by name."""
+    if isinstance(state, DescribedState):
+        return state.described
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
 
 
 class HfFiles:
@@ -213,9 +232,7 @@ def write_tensors(
         os.fsync(file.fileno())
 
 
-def check_given(
-    state: Mapping[str, torch.Tensor], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> None:
+def check_given(state: Mapping[str, torch.Tensor], wanted: Described) -> None:
     """Compare a state that is to replace a model's with what the model holds.
 
     Args:
@@ -229,10 +246,10 @@ def check_given(
         raise ValueError(f"load_state: the model has {name}, the given state does not")
     for name in state.keys() - wanted.keys():
         raise ValueError(f"load_state: the given state has {name}, the model does not")
+    given = describe(state)
     for name, (shape, dtype) in wanted.items():
-        given = state[name]
-        if tuple(given.shape) != shape or given.dtype != dtype:
+        if given[name] != (shape, dtype):
             raise ValueError(
-                f"load_state: {name} is {given.dtype} {tuple(given.shape)} in the given "
+                f"load_state: {name} is {given[name][1]} {given[name][0]} in the given "
                 f"state, {dtype} {shape} in the model"
             )

@@ -199,7 +199,10 @@ class TorchBackend:
         """Accumulate gradients of one micro-batch; return the loss value."""
         with torch.enable_grad():
             here = on_device(batch, self.device)
-            loss = loss_fn(self._forward(here, temperature, with_entropy=with_entropy), here)
+            output = self._forward(here, temperature, with_entropy=with_entropy)
+            loss = loss_fn(output, here)
+            if self._mesh is not None and not loss.requires_grad:
+                loss = loss + 0.0 * output.logprobs_T.sum()  # every rank takes part in the backward
             if loss.requires_grad:
                 loss.backward()
         fsdp.reshard(self._at.packed)

@@ -27,6 +27,10 @@ bound memory on a laptop: glibc's arenas, kernels kept per shape, and nats-serve
 limit for its garbage collector)."""
 
 _SETTINGS = "LAGWISE_"
+_RANK = frozenset(
+    {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+)
+"""Of a launcher that started us; ranks of a service are started by one of their own."""
 
 # Linux: the kernel kills us when the parent thread dies, and the wish survives execve. It is made
 # in a process of its own because preexec_fn is unsafe with threads. The parent may have died
@@ -51,7 +55,11 @@ def child_environment(
     `LAGWISE_A__B` settings are already in the resolved configuration. A thread count that the
     user set wins.
     """
-    kept = {k: v for k, v in environ.items() if not (k.startswith(_SETTINGS) and "__" in k)}
+    kept = {
+        name: value
+        for name, value in environ.items()
+        if not (name.startswith(_SETTINGS) and "__" in name) and name not in _RANK
+    }
     return {**QUIET_ENVIRONMENT, **kept, **(extra or {})}
 
 

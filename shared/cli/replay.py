@@ -73,6 +73,12 @@ def run(
     stretches = [Stretch(_config(phase.config, overrides), phase.stop) for phase in phases]
     if start and any(s.config.old_logprobs.route == "snapshot_old" for s in stretches):
         raise ConfigError("--from: old_logprobs.route snapshot_old needs the versions before, too")
+    ranks = max(stretch.config.learner.ranks for stretch in stretches)
+    if ranks > 1:
+        raise ConfigError(
+            f"{run_dir}: trained by {ranks} ranks, whose sums one process does not repeat bit for "
+            "bit; to see how far it comes: --set learner.ranks=1"
+        )
     result = _replay(found, stretches, start, progress)
     if gap is not None and not result.problem:
         return Replayed(result.versions, f"version {gap.version}: {gap.reason}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,9 @@ START_ORDER: tuple[ChildRole, ...] = ("learner", "logit_oracle", "rollout", "env
 """The slowest to import first; all of them import in parallel."""
 
 _NATS_BOUND_S = 20.0
+
+_DRAIN_MARGIN_S = 3
+"""Between the end of rank 0's drain and the kill of ranks that are left."""
 
 _SILENT_S = 30.0
 """A service without a lease for so long, while others are heard, is hung."""
@@ -69,6 +73,15 @@ class Running:
 Beside = Callable[[Running], Coroutine[None, None, None]]
 
 
+def ranks_of(models: Mapping[str, CommonConfig]) -> dict[str, int]:
+    """Return how many processes a service of each role is, where it is said."""
+    found: dict[str, int] = {}
+    for role, model in models.items():
+        section = getattr(model, role, None)
+        found[role] = int(getattr(section, "ranks", 1))
+    return found
+
+
 async def run_session(
     request: Request, out: TextIO, beside: Sequence[Beside] = ()
 ) -> tuple[Finished, Facts]:
@@ -92,7 +105,7 @@ async def run_session(
         with RunFolder(request.run_dir) as folder:
             _log_to(folder.log_path("supervisor"))
             facts = Facts(folder.path, request.command, resumed=resumed)
-            run = _Run(request, endpoint, folder, facts)
+            run = _Run(request, endpoint, folder, facts, ranks_of(models))
             return await run.supervise(cast(int, learner["versions"]), out, beside), facts
     finally:
         if endpoint.bus is not None:
@@ -159,9 +172,15 @@ class _Endpoint:
 
 class _Run:
     def __init__(
-        self, request: Request, endpoint: _Endpoint, folder: RunFolder, facts: Facts
+        self,
+        request: Request,
+        endpoint: _Endpoint,
+        folder: RunFolder,
+        facts: Facts,
+        ranks: Mapping[str, int],
     ) -> None:
         self._request = request
+        self._ranks = ranks
         self._endpoint = endpoint
         self._folder = folder
         self._facts = facts
@@ -230,7 +249,7 @@ class _Run:
         for role in START_ORDER:
             for index in range(self._values.replicas[role]):
                 pod = f"{role.replace('_', '-')}-{index}"
-                argv = self._python(f"services.{role}", "--pod", pod, role=role)
+                argv = self._service(role, pod)
                 extra: dict[str, str] = {}
                 if self._common.telemetry.port:
                     # one address, one port: each process gets the next one
@@ -241,6 +260,18 @@ class _Run:
             self._command("recorder", "recorder", self._python("shared.cli.recorder"), {})
         )
         return commands
+
+    def _service(self, role: ChildRole, pod: str) -> tuple[str, ...]:
+        """Return the command of a service; one of several ranks is started by torchrun."""
+        python, *rest = self._python(f"services.{role}", "--pod", pod, role=role)
+        ranks = self._ranks.get(role, 1)
+        if ranks == 1:
+            return (python, *rest)
+        drain_s = math.ceil(self._common.telemetry.drain_s) + _DRAIN_MARGIN_S
+        return (
+            *(python, "-m", "shared.cli.torchrun", "--standalone", "--max-restarts", "0"),
+            *("--nproc-per-node", str(ranks), "--shutdown-timeout", str(drain_s), *rest),
+        )
 
     def _python(self, module: str, *arguments: str, role: str = "") -> tuple[str, ...]:
         """Return the command of a module; a role may have an environment of its own (vLLM)."""

@@ -71,6 +71,19 @@ class BusSection(Section):
         return self
 
 
+class LayoutSection(Section):
+    """How the backend `megatron` lays a model over ranks; what is left over is data parallel."""
+
+    tp: int = Field(default=1, ge=1)
+    """Tensor parallel ranks."""
+    pp: int = Field(default=1, ge=1)
+    """Pipeline stages."""
+    ep: int = Field(default=1, ge=1)
+    """Expert parallel ranks, among the data-parallel ones."""
+    sp: bool = False
+    """Sequence parallel norms and residuals; needs tp above 1."""
+
+
 class ModelSection(Section):
     """The policy."""
 
@@ -86,6 +99,39 @@ class ModelSection(Section):
     compile: bool = False
     """Learner and oracle: torch.compile each layer. Other bits than without, so one setting for
     both."""
+    backend: Literal["torch", "megatron"] = "torch"
+    """Of learner and oracle (docs/backends.md). megatron needs the extra of that name."""
+    layout: LayoutSection = LayoutSection()
+    """Of learner and oracle, with the backend megatron; torch shards over all ranks."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Of learner and oracle; auto: cuda where there is one, a device of its own for each rank."""
+    rank_timeout_s: float = Field(default=300.0, gt=0)
+    """Bound of every wait between the ranks of a learner or an oracle: a rank that is silent for
+    so long is lost, and ends them all."""
+
+    @model_validator(mode="after")
+    def _has_layout(self) -> Self:
+        given = [f"{n} {getattr(self.layout, n)}" for n in ("tp", "pp", "ep")
+                 if getattr(self.layout, n) != 1] + ["sp true"] * self.layout.sp  # fmt: skip
+        if given and self.backend == "torch":
+            raise ValueError(
+                f"layout {', '.join(given)}: the backend torch only shards over data-parallel "
+                "ranks (learner.ranks): leave model.layout out, or set model.backend: megatron"
+            )
+        return self
+
+    def check_ranks(self, ranks: int, key: str) -> None:
+        """Refuse a number of ranks that the layout does not divide.
+
+        Raises:
+            ValueError: names both.
+        """
+        stage = self.layout.tp * self.layout.pp
+        if ranks % stage:
+            raise ValueError(
+                f"{key} {ranks} is no multiple of model.layout tp {self.layout.tp} x pp "
+                f"{self.layout.pp}"
+            )
 
 
 class TaskSection(Section):

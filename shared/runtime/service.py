@@ -29,14 +29,17 @@ from shared.runtime.leases import STOPPED
 from shared.runtime.logs import Log, configure
 from shared.runtime.nats_bus import connect
 from shared.runtime.options import Options, parse_options, read_config
+from shared.runtime.rank_life import die_with_launcher, is_follower, is_rank, leave_now
 from shared.runtime.sections import CommonConfig
-from shared.runtime.signals import leave_at_sigterm, stop_on_signals, unless_stopped
+from shared.runtime.signals import end_at_signals, leave_at_sigterm, stop_on_signals, unless_stopped
 from shared.wire.codec import encode
 from shared.wire.subjects import Subjects
 from shared.wire.telemetry import Role
 
 C = TypeVar("C", bound=CommonConfig)
 Serve = Callable[[Context, C], Awaitable[None]]
+Follow = Callable[[C], None]
+"""What a rank above 0 does instead of serving; raises ConfigError."""
 
 EXIT_CLEAN = 0
 EXIT_FAILED = 1
@@ -56,21 +59,37 @@ class DrainTimedOut(Fatal):
 
 
 def launch(
-    role: Role, config_model: type[C], serve: Serve[C], argv: Sequence[str] | None = None
+    role: Role,
+    config_model: type[C],
+    serve: Serve[C],
+    argv: Sequence[str] | None = None,
+    *,
+    follow: Follow[C] | None = None,
 ) -> NoReturn:
-    """Run a service as this process and exit with its code."""
+    """Run a service as this process and exit with its code.
+
+    Started by torchrun as one of several ranks, only rank 0 serves; the others `follow`.
+    """
     leave_at_sigterm()  # until the loop runs
     configure("INFO")
+    ranked = follow is not None and is_rank()
+    if ranked:
+        die_with_launcher()
     options = parse_options(role, sys.argv[1:] if argv is None else argv)
     pod = options.pod or f"{role}-{uuid.uuid4().hex[:6]}"
     log = Log(role, pod)
     try:
-        config = _load(options, config_model, pod, log)
-        code = uvloop.run(_guarded(role, pod, config, serve, log))
+        if follow is not None and is_follower():
+            code = _follow(role, read_config(options, config_model), follow, log)
+        else:
+            config = _load(options, config_model, pod, log)
+            code = uvloop.run(_guarded(role, pod, config, serve, log))
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except ConfigError as error:
         code = _report(role, error, log)
+    if ranked:
+        leave_now(code)
     sys.exit(code)
 
 
@@ -116,6 +135,7 @@ async def _guarded(role: Role, pod: str, config: C, serve: Serve[C], log: Log) -
         raise  # Ctrl-C before the service took over the signals
     except BaseException as error:  # noqa: BLE001 - the shell: every end gets its line and code
         code = _report(role, error, log)
+        end_at_signals(code)
     else:
         code = EXIT_CLEAN
     _leave_for_certain(code)
@@ -228,6 +248,15 @@ def _load(options: Options, config_model: type[C], pod: str, log: Log) -> C:
     shown: dict[str, Any] = config.model_dump(mode="json")
     log.info("config", config=shown, version=metrics.lagwise_version())
     return config
+
+
+def _follow(role: Role, config: C, follow: Follow[C], log: Log) -> int:
+    configure(config.telemetry.log_level)
+    try:
+        follow(config)
+    except Exception as error:  # noqa: BLE001 - the shell: every end gets its line and code
+        return _report(role, error, log)
+    return EXIT_CLEAN
 
 
 def _subjects(config: CommonConfig) -> Subjects:

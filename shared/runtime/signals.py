@@ -38,6 +38,17 @@ def stop_on_signals(stop: asyncio.Event, told: Callable[[str], None]) -> None:
         loop.add_signal_handler(number, heard, number)
 
 
+def end_at_signals(code: int) -> None:
+    """From now on SIGTERM ends the process with `code` and no word: its last one is said.
+
+    torchrun sends it to every rank when one of them has ended.
+    """
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+    leave_at_sigterm(code)
+
+
 async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
     """Return what `work` returns, or None when `stop` came first: `work` is then cancelled.
 

@@ -87,11 +87,12 @@ def component_of(item: Object) -> str:
 
 
 def pod_spec(item: Object) -> Object:
+    """Of a LeaderWorkerSet the leader's: `test_ranks.py` says how its workers differ."""
     match item["kind"]:
         case "Pod":
             return item["spec"]
         case "LeaderWorkerSet":
-            return item["spec"]["leaderWorkerTemplate"]["workerTemplate"]["spec"]
+            return item["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["spec"]
         case _:
             return item["spec"]["template"]["spec"]
 

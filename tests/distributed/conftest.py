@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from shared.runtime.nats_server import free_port
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 RANK_TIMEOUT_S = 240
@@ -30,20 +32,22 @@ def _one_thread() -> Iterator[None]:
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Run `CASE` (module:function of this folder) on ranks; return the folder they wrote into."""
 
-    def run(case: str, ranks: int, **arguments: Any) -> Path:
+    def run(case: str, ranks: int, worker: str = "worker.py", **arguments: Any) -> Path:
         folder = tmp_path_factory.mktemp(case.replace(":", "-"))
         (folder / "arguments.json").write_text(json.dumps({**arguments, "out": str(folder)}))
         env = {
             **os.environ,
             "WORLD_SIZE": str(ranks),
             "RENDEZVOUS": str(folder / "rendezvous"),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]),
         }
         logs = [(folder / f"rank{rank}.log").open("w") for rank in range(ranks)]
         processes = [
             subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), case, str(folder / "arguments.json")],
+                [sys.executable, str(HERE / worker), case, str(folder / "arguments.json")],
                 env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=log,
                 stderr=subprocess.STDOUT,

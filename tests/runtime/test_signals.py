@@ -156,3 +156,20 @@ async def test_work_that_loses_a_cancellation_is_cancelled_again():
 
 async def _fail() -> None:
     raise ZeroDivisionError
+
+
+def test_after_the_last_word_a_signal_ends_the_process_with_its_code_and_no_other(start: Start):
+    process = start(
+        "-c",
+        "import asyncio, os, signal\n"
+        "from shared.runtime.signals import end_at_signals, stop_on_signals\n"
+        "async def main():\n"
+        "    stop_on_signals(asyncio.Event(), lambda name: os.write(2, name.encode()))\n"
+        "    end_at_signals(7)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    await asyncio.sleep(10)\n"
+        "asyncio.run(main())\n",
+    )
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 7
+    assert said == ""

@@ -43,6 +43,23 @@
 {{- end -}}
 {{- end -}}
 
+{{/* How many processes a learner or an oracle is: as said, otherwise one for each of its GPUs.
+     scope: root, role. */}}
+{{- define "lagwise.ranks" -}}
+{{- $values := index .root.Values .role -}}
+{{- $nodes := int ($values.nodes | default 1) -}}
+{{- $gpus := mul $nodes (int $values.gpu.count) -}}
+{{- $said := (index (.root.Values.config | default dict) .role | default dict).ranks -}}
+{{- $ranks := int ($said | default (max $nodes $gpus)) -}}
+{{- if mod $ranks $nodes -}}
+{{- fail (printf "config.%s.ranks %d: no multiple of %s.nodes %d" .role $ranks .role $nodes) -}}
+{{- end -}}
+{{- if and (gt $gpus 0) (ne (int $ranks) (int $gpus)) -}}
+{{- fail (printf "config.%s.ranks %d: %s.nodes %d x %s.gpu.count %d are %d GPUs, one for each rank" .role $ranks .role $nodes .role (int $values.gpu.count) (int $gpus)) -}}
+{{- end -}}
+{{- $ranks -}}
+{{- end -}}
+
 {{- define "lagwise.resolvedConfig" -}}
 {{- $bus := dict "url" (include "lagwise.natsUrl" .) -}}
 {{- if include "lagwise.tls" . -}}
@@ -56,10 +73,10 @@
 {{- $patience := dict
       "bus" (dict "connect_timeout_s" 120)
       "telemetry" (dict "host" "0.0.0.0")
-      "learner" (dict "at_end" "wait")
+      "learner" (dict "at_end" "wait" "ranks" (include "lagwise.ranks" (dict "root" . "role" "learner") | int))
       "rollout" (dict "streams_timeout_s" 3600)
       "env_agents" (dict "streams_timeout_s" 3600)
-      "logit_oracle" (dict "streams_timeout_s" 3600) -}}
+      "logit_oracle" (dict "streams_timeout_s" 3600 "ranks" (include "lagwise.ranks" (dict "root" . "role" "logit_oracle") | int)) -}}
 {{- $config := mergeOverwrite $patience (deepCopy (.Values.config | default dict)) $ours -}}
 {{- dict "config" $config | toPrettyJson -}}
 {{- end -}}

@@ -1,5 +1,6 @@
 {{/* The pod of a service. scope: root, role. One container named as the role; the learner has a
-     recorder beside it. `podSpecExtra` is merged over the whole. */}}
+     recorder beside it. With `worker` true, a further node of a learner: its ranks follow those of
+     the first, have no bus and answer nobody. `podSpecExtra` is merged over the whole. */}}
 
 {{- define "lagwise.podTemplate" -}}
 {{- $values := index .root.Values .role -}}
@@ -40,7 +41,8 @@ imagePullSecrets:
 {{- with $values.runtimeClassName }}
 runtimeClassName: {{ . }}
 {{- end }}
-{{- if or $fetch (and (eq .role "learner") (include "lagwise.archive" .root)) }}
+{{- $records := and (eq .role "learner") (not .worker) (include "lagwise.archive" .root) }}
+{{- if or $fetch $records }}
 initContainers:
   {{- if $fetch }}
   - name: fetch-model
@@ -80,7 +82,7 @@ initContainers:
       - name: models
         mountPath: /models
   {{- end }}
-  {{- if and (eq .role "learner") (include "lagwise.archive" .root) }}
+  {{- if $records }}
   # A native sidecar: it ends after the learner and so archives its last words.
   - name: recorder
     restartPolicy: Always
@@ -108,8 +110,7 @@ initContainers:
 containers:
   - name: {{ include "lagwise.component" . }}
     {{- include "lagwise.containerBasics" . | nindent 4 }}
-    command: [python, -m, services.{{ .role }}]
-    args: [--config, /etc/lagwise/values.yaml, --pod, $(POD_NAME)]
+    {{- include "lagwise.command" . | nindent 4 }}
     env:
       - name: POD_NAME
         valueFrom:
@@ -119,7 +120,9 @@ containers:
       {{- include "lagwise.cacheEnv" . | nindent 6 }}
       - name: HF_HUB_OFFLINE
         value: "1"
+      {{- if not .worker }}
       {{- include "lagwise.busEnv" (dict "root" .root "account" .role) | nindent 6 }}
+      {{- end }}
       {{- if eq .role "learner" }}
       # Halves the CPU time of publishing weights: large buffers are kept instead of remapped.
       - name: MALLOC_MMAP_THRESHOLD_
@@ -127,21 +130,16 @@ containers:
       - name: MALLOC_TRIM_THRESHOLD_
         value: "4294967296"
       {{- end }}
-      {{- if gt (int (($values.nodes) | default 1)) 1 }}
-      # LWS_LEADER_ADDRESS, LWS_GROUP_SIZE and LWS_WORKER_INDEX come from the LeaderWorkerSet.
-      - name: MASTER_ADDR
-        value: $(LWS_LEADER_ADDRESS)
-      - name: MASTER_PORT
-        value: "29500"
-      {{- end }}
       {{- with $values.extraEnv }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
+    {{- if not .worker }}
     ports:
       - name: metrics
         containerPort: 9090
         protocol: TCP
     {{- include "lagwise.probes" . | nindent 4 }}
+    {{- end }}
     resources:
       {{- include "lagwise.resources" . | nindent 6 }}
     volumeMounts:
@@ -163,7 +161,9 @@ containers:
         mountPath: /models
         readOnly: true
       {{- end }}
+      {{- if not .worker }}
       {{- include "lagwise.busMounts" (dict "root" .root "account" .role) | nindent 6 }}
+      {{- end }}
       {{- with $values.extraVolumeMounts }}
       {{- toYaml . | nindent 6 }}
       {{- end }}
@@ -188,10 +188,48 @@ volumes:
     persistentVolumeClaim:
       claimName: {{ $values.storage.existingClaim }}
   {{- end }}
+  {{- if not .worker }}
   {{- include "lagwise.busVolumes" (dict "root" .root "accounts" (ternary (list "learner" "recorder") (list .role) (eq .role "learner"))) | nindent 2 }}
+  {{- end }}
   {{- with $values.extraVolumes }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
+{{- end -}}
+
+{{/* One process, or torchrun with those of this node. Its ranks end together and are started again
+     together, by the kubelet: torchrun itself restarts nothing. A LeaderWorkerSet says in the
+     environment which node of the group this is, and where the first one is. */}}
+{{- define "lagwise.command" -}}
+{{- $values := index .root.Values .role -}}
+{{- $ranks := 1 -}}
+{{- if has .role (list "learner" "logit_oracle") -}}
+{{- $ranks = include "lagwise.ranks" . | int -}}
+{{- end -}}
+{{- if eq $ranks 1 -}}
+command: [python, -m, services.{{ .role }}]
+args: [--config, /etc/lagwise/values.yaml, --pod, $(POD_NAME)]
+{{- else -}}
+{{- $nodes := int ($values.nodes | default 1) -}}
+command: [python, -m, shared.cli.torchrun]
+args:
+  {{- if eq $nodes 1 }}
+  - --standalone
+  {{- else }}
+  - --nnodes={{ $nodes }}
+  - --node-rank=$(LWS_WORKER_INDEX)
+  - --master-addr=$(LWS_LEADER_ADDRESS)
+  - --master-port=29500
+  {{- end }}
+  - --nproc-per-node={{ div $ranks $nodes }}
+  - --max-restarts=0
+  - --shutdown-timeout={{ add (int (include "lagwise.drainSeconds" .root)) 3 }}
+  - -m
+  - services.{{ .role }}
+  - --config
+  - /etc/lagwise/values.yaml
+  - --pod
+  - $(POD_NAME)
+{{- end -}}
 {{- end -}}
 
 {{/* Image and hardening, the same for every container of ours. */}}
