@@ -95,6 +95,13 @@ bench-weights: $(DEMO) ## weights over the bus: table and runs/bench/weights.jso
 bench-loss: $(DEMO) ## loss and diagnostics within a training step: table and runs/bench/loss.json (4 minutes)
 	$(RUN) $(BIN)/python -m shared.cli.bench_loss
 
+$(TRL): pyproject.toml constraints.txt scripts/install.sh
+	@PYTHON=$(PYTHON) scripts/install.sh $(TRL_VENV) bench-trl
+	@touch $@
+
+bench-learner: $(MEGATRON) $(TRL) ## the learner's step against Hugging Face, TRL and both backends: runs/bench/learner.json (20 minutes)
+	$(RUN) $(BIN)/python -m shared.cli.bench_learner --trl-python $(TRL_VENV)/bin/python $(LEARNER_ARGS)
+
 bench-routes: $(DEMO) ## every old-logit route against the exact answer: hours, resumable
 	$(RUN) $(BIN)/python -m shared.cli.bench_routes $(ROUTES_ARGS)
 
