@@ -196,6 +196,9 @@ def _line(row: Row) -> str:
             f"(wall {row['wall_s'][name]:8.3f})  {ratio}  peak "
             f"{row['peak_bytes'][name] / 2**20:6,.0f} MiB"
         )
+    plain = row["cpu_s"].get("ours_plain_loss")
+    if ours and plain:
+        lines.append(f"       loss and diagnostics: {max(0.0, 1 - plain / ours):.1%} of our step")
     return "\n".join(lines)
 
 
