@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.cli.config_cmd import check_model_directory, read
 from shared.cli.tracked_points import Point, flat, of_evaluation, of_step
 from shared.cli.trackers import Wanted, check_installed
 from shared.cli.tracking import Tracking
@@ -197,12 +198,12 @@ async def test_a_hanging_tracker_holds_up_nobody(
 ) -> None:
     target, other, release = Recorded(), Recorded(), threading.Event()
     target.trouble = lambda point: release.wait(100) and None
+    done = threading.Event()
+    other.trouble = lambda point: done.set() if point.version == 39 else None
     async with tracking(bus, tmp_path, target, other, timeout_s=0.05, catch_up_s=1.0) as made:
         for version in range(1, 40):
             await step(bus, version)
-        async with asyncio.timeout(30):  # long before the other one is released
-            while len(other.points) < 39:
-                await asyncio.sleep(0.01)
+        await asyncio.to_thread(done.wait, 30)  # long before the other one is released
     assert other.versions == list(range(1, 40))
     assert target.versions == []
     assert other.closed == 1
@@ -227,6 +228,15 @@ def test_a_missing_package_is_one_line_that_says_what_to_do(
     with pytest.raises(ConfigError, match=r"`trackers.wandb`.*pip install 'lagwise\[wandb\]'"):
         check_installed(CommonConfig.model_validate({"trackers": {"wandb": {"project": "p"}}}))
     check_installed(CommonConfig())
+
+
+def test_a_run_is_not_started_without_its_trackers_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shared.cli.trackers.find_spec", lambda name: None)
+    values = read(Path("examples/frozen_lake/values.yaml"), ["trackers.tensorboard={}"])
+    with pytest.raises(ConfigError, match=r"values.yaml: `trackers.tensorboard`.*\[tensorboard\]"):
+        check_model_directory(values)
 
 
 @pytest.mark.parametrize(
