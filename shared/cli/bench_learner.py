@@ -89,6 +89,8 @@ class _Bench:
         with ExitStack() as stack:
             running: list[Process] = []
             for name in CONTENDERS:
+                if name in size.left_out:
+                    continue
                 if why := self._missing(name):
                     failed.append(why)
                     continue
@@ -124,6 +126,7 @@ class _Bench:
             "peak_bytes": {name: answers[-1]["peak_bytes"] for name, answers in taken.items()},
             "repetitions": {n: [a["cpu_s"] for a in answers] for n, answers in taken.items()},
             "others_cpu_ratio": load.ratio(),
+            "left_out": list(size.left_out),
             "failed": failed,
         }
 

@@ -89,6 +89,7 @@ def speed(lengths: str, **seconds: float) -> dict[str, Any]:
     return {
         "kind": "speed", "size": "s", "lengths": lengths,
         "cpu_s": {"ours": 1.0, **seconds}, "grad_norms": {"ours": 1.0, "trl": 1.0},
+        "left_out": [],
     }  # fmt: skip
 
 
@@ -102,6 +103,11 @@ def test_limits_are_judged_against_the_fastest_and_a_gap_is_a_miss() -> None:
     verdicts = judge([speed("equal", hf_padded=1.0)])
     assert [v.ok for v in verdicts] == [True, False, True]
     assert "not measured" in verdicts[1].line
+    without_flat = speed("long_tailed", hf_loop=1.2) | {"left_out": ["hf_flat"]}
+    assert {v.text: v.ok for v in judge([without_flat])}[">= 1x hf_flat or hf_loop"]
+    assert not {v.text: v.ok for v in judge([speed("long_tailed", hf_loop=1.2)])}[
+        ">= 1x hf_flat or hf_loop"
+    ]
     another = speed("equal") | {"grad_norms": {"ours": 1.0, "trl": 1.1}}
     assert not judge([another])[-1].ok
     for chunked, ok in ((10, True), (11, False)):
