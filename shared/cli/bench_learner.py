@@ -104,7 +104,7 @@ class _Bench:
                     try:
                         if repetition < 0:
                             process.wait_loaded()
-                        answer = process.step()
+                        answer = process.step(give_back=size.give_back)
                     except ContenderFailed as failure:
                         failed.append(str(failure))
                         running = [other for other in running if other is not process]

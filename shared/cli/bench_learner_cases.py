@@ -31,6 +31,8 @@ class Size:
     repetitions: int
     left_out: tuple[str, ...] = ()
     """Contenders that are not measured at this size: all of them are in memory together."""
+    give_back: bool = False
+    """Whether the waiting ones return what they have freed; each step then pays for its pages."""
 
     @property
     def config(self) -> dict[str, int]:
@@ -55,7 +57,7 @@ class Size:
 SIZES = (
     Size("0.2M", 64, 96, 256, 2, 4, 2, 24, 64, 128, 4096, 9),
     Size("17M", 8192, 384, 1088, 8, 8, 4, 48, 32, 128, 2048, 3),
-    Size("120M", 32768, 768, 2688, 12, 12, 4, 64, 16, 64, 512, 3, ("hf_flat",)),
+    Size("120M", 32768, 768, 2688, 12, 12, 4, 64, 16, 64, 512, 3, ("hf_flat",), True),
 )
 QUICK = (Size("quick", 64, 32, 64, 1, 4, 2, 8, 8, 24, 96, 1),)
 """For the test of the command."""

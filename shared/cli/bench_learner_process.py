@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shared.cli.bench_learner_worker import GIVE_BACK
 from shared.cli.processes import child_environment
 
 LOAD_WITHIN_S, STEP_WITHIN_S = 300.0, 300.0
@@ -51,15 +52,16 @@ class Process:
         """
         self._answer(LOAD_WITHIN_S)
 
-    def step(self) -> dict[str, Any]:
-        """Have one step taken; return what it took.
+    def step(self, *, give_back: bool = False) -> dict[str, Any]:
+        """Have one step taken; return what it took. `give_back`: its freed memory, afterwards.
 
         Raises:
             ContenderFailed: it died or took too long.
         """
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(b"\n")
+            line = GIVE_BACK if give_back else ""
+            self._process.stdin.write(f"{line}\n".encode())
             self._process.stdin.flush()
         except BrokenPipeError:
             raise ContenderFailed(f"{self.name} died, see {self._log}") from None

@@ -30,6 +30,9 @@ CONTENDERS = {
 }
 """Modules of `shared.cli`: those of `bench_learner_trl` run in TRL's environment."""
 
+GIVE_BACK = "give back"
+"""A line that says so has freed memory returned to the system after the step."""
+
 LEARNING_RATE = 1e-12
 """Every step starts from the same weights, as good as."""
 
@@ -58,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     loaded = _peak_bytes()
     answers.write(json.dumps({"ready": name}) + "\n")
     answers.flush()
-    for _ in sys.stdin:
+    for line in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
         norm = contender.step()
         answer = {
@@ -68,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
             "loaded_bytes": loaded,
             "peak_bytes": _peak_bytes(),
         }
-        _give_back()
+        if line.strip() == GIVE_BACK:
+            _give_back()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
