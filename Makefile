@@ -15,6 +15,10 @@ DEV := $(VENV)/.installed-dev
 S3 := $(VENV)/.installed-s3
 AGENTS := $(VENV)/.installed-agents
 MEGATRON := $(VENV)/.installed-megatron
+TRACKERS := $(VENV)/.installed-trackers
+# TRL's step is timed in an environment of its own.
+TRL_VENV ?= .venv-trl
+TRL := $(TRL_VENV)/.installed
 # Environments and their packages get a virtual environment of their own.
 VENV_ENVS ?= .venv-envs
 ENVS := $(VENV_ENVS)/.installed
@@ -31,7 +35,7 @@ RELEASE_NAME ?= lagwise-test
 NAMESPACE ?= lagwise-test
 
 .PHONY: help install install-dev format lint types test check demo bench-demo bench-weights bench-loss bench-routes test-s3 chaos base clean \
-	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm demo-frozen_lake demo-retail_tools images push test-images test-cluster test-control-plane bench-envs test-envs test-agents test-distributed fidelity
+	tools chart chart-run chart-package generated install-vllm test-vllm bench-rollout demo-torch demo-vllm demo-frozen_lake demo-retail_tools images push test-images test-cluster test-control-plane bench-envs test-envs test-agents test-distributed test-trackers bench-learner fidelity
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -90,6 +94,13 @@ bench-weights: $(DEMO) ## weights over the bus: table and runs/bench/weights.jso
 
 bench-loss: $(DEMO) ## loss and diagnostics within a training step: table and runs/bench/loss.json (4 minutes)
 	$(RUN) $(BIN)/python -m shared.cli.bench_loss
+
+$(TRL): pyproject.toml constraints.txt scripts/install.sh
+	@PYTHON=$(PYTHON) scripts/install.sh $(TRL_VENV) bench-trl
+	@touch $@
+
+bench-learner: $(MEGATRON) $(TRL) ## the learner's step against Hugging Face, TRL and both backends: runs/bench/learner.json (20 minutes)
+	$(RUN) $(BIN)/python -m shared.cli.bench_learner --trl-python $(TRL_VENV)/bin/python $(LEARNER_ARGS)
 
 bench-routes: $(DEMO) ## every old-logit route against the exact answer: hours, resumable
 	$(RUN) $(BIN)/python -m shared.cli.bench_routes $(ROUTES_ARGS)
@@ -183,6 +194,13 @@ $(AGENTS): $(DEV)
 
 test-agents: $(AGENTS) ## against the real datasets and pydantic-ai packages
 	$(RUN) $(BIN)/python -m pytest tests/extras $(PYTEST_ARGS)
+
+$(TRACKERS): $(DEV)
+	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) trackers-test
+	@touch $@
+
+test-trackers: $(TRACKERS) ## trackers against the real tensorboard and wandb (1 minute)
+	$(RUN) $(BIN)/python -m pytest tests/extras/test_trackers.py $(PYTEST_ARGS)
 
 fidelity: $(DEV) ## token fidelity of 10,000 tool conversations (COUNT=)
 	$(RUN) $(BIN)/python -m tests.env_agents.chat.fidelity --count $(or $(COUNT),10000)

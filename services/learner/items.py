@@ -159,7 +159,7 @@ def pack_items(items: Sequence[Item]) -> PackedBatch:
         "loss_mask": [item.loss_mask for item in items],
         "old_logprobs": [item.old_logprobs for item in items],
         "sampler_logprobs": [item.sampler_logprobs for item in items],
-        "advantages": [np.nan_to_num(item.advantages) for item in items],
+        "advantages": [item.advantages for item in items],
         "scores": [_constant(item, item.reward) for item in items],
         "versions": [item.versions for item in items],
         "trajectory": [np.full(item.num_tokens, item.trajectory, dtype=np.int64) for item in items],
@@ -174,7 +174,9 @@ def pack_items(items: Sequence[Item]) -> PackedBatch:
         per_token[given_key(route)] = [item.shadows[route] for item in items]
     if not all(item.compared for item in items):
         per_token[COMPARED] = [np.full(i.num_tokens, i.compared, dtype=np.bool_) for i in items]
-    return pack([item.token_ids for item in items], per_token)
+    batch = pack([item.token_ids for item in items], per_token)
+    batch.per_token["advantages"].nan_to_num_()
+    return batch
 
 
 def _constant(item: Item, value: float) -> npt.NDArray[np.floating]:

@@ -54,10 +54,10 @@ def pack(
     for name, arrays in (per_token or {}).items():
         if tuple(len(a) for a in arrays) != lengths:
             raise ValueError(f"per-token array {name!r} does not match the sequence lengths")
-        extra[name] = torch.cat([torch.as_tensor(np.array(a)) for a in arrays])
+        extra[name] = _joined(arrays)
     return PackedBatch(
-        token_ids_T=torch.cat([torch.as_tensor(np.array(t)).long() for t in token_ids]),
-        positions_T=torch.cat([torch.arange(n) for n in lengths]),
+        token_ids_T=_joined(token_ids).long(),
+        positions_T=_joined([np.arange(n, dtype=np.int64) for n in lengths]),
         lengths=lengths,
         per_token=extra,
     )
@@ -73,6 +73,11 @@ def hollow(like: PackedBatch) -> PackedBatch:
         lengths=(1,),
         per_token={**per_token, "loss_mask": torch.zeros_like(mask_T[:1])},
     )
+
+
+def _joined(arrays: Sequence[np.ndarray | torch.Tensor]) -> torch.Tensor:
+    """Concatenate into memory of its own; numpy does so without a tensor per sequence."""
+    return torch.from_numpy(np.concatenate([np.asarray(a) for a in arrays]))
 
 
 def balance(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

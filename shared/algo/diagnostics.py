@@ -153,11 +153,14 @@ def staleness(
     ages_N = (version_now - versions_N).double()
     _, index_N = torch.unique(seq_N, return_inverse=True)
     size = int(index_N.max()) + 1
-    pairs_P = torch.unique(torch.stack([index_N, versions_N.long()]), dim=1)
-    distinct_B = torch.bincount(pairs_P[0], minlength=size)
+    stamps_N = versions_N.long() - int(versions_N.min())
+    span = int(stamps_N.max()) + 1
+    # one number per (trajectory, version): unique rows of pairs take ten times as long
+    pairs_P = torch.unique(index_N * span + stamps_N)
+    distinct_B = torch.bincount(pairs_P // span, minlength=size)
     empty_B = torch.zeros(size, dtype=torch.int64, device=index_N.device)
-    highest_B = empty_B.scatter_reduce(0, index_N, versions_N.long(), "amax", include_self=False)
-    lowest_B = empty_B.scatter_reduce(0, index_N, versions_N.long(), "amin", include_self=False)
+    highest_B = empty_B.scatter_reduce(0, index_N, stamps_N, "amax", include_self=False)
+    lowest_B = empty_B.scatter_reduce(0, index_N, stamps_N, "amin", include_self=False)
     return {
         "staleness_mean": float(ages_N.mean()),
         "staleness_max": float(ages_N.max()),

@@ -49,7 +49,10 @@ def token_logprobs(
     with_entropy: bool = True,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (logprobs_N, entropy_N) chunk by chunk; the backward pass recomputes each chunk.
+    """Return (logprobs_N, entropy_N) chunk by chunk.
+
+    The backward pass computes each chunk's logits again, but for the last one's, which are kept:
+    where all rows fit into one chunk nothing is computed twice.
 
     Args:
         hidden_ND: final hidden states.
@@ -96,15 +99,18 @@ class _ChunkedHead(torch.autograd.Function):
         logprobs_N = hidden_ND.new_empty(num_rows, dtype=dtype)
         entropy_N = hidden_ND.new_zeros(num_rows if with_entropy else 0, dtype=dtype)
         lse_N = torch.empty_like(logprobs_N)
+        logits_CV = None
         for start in range(0, num_rows, chunk):
             rows = slice(start, start + chunk)
+            del logits_CV  # before the next ones are there
             logits_CV = _logits(hidden_ND[rows], head_VD, bias_V, temperature, num_vocab)
             lse_C = torch.logsumexp(logits_CV, dim=-1)
             lse_N[rows] = lse_C
             logprobs_N[rows] = logits_CV.gather(1, targets_N[rows, None])[:, 0] - lse_C
             if with_entropy:
-                probs_CV = torch.exp(logits_CV - lse_C[:, None])
-                entropy_N[rows] = lse_C - (probs_CV * logits_CV).sum(-1)
+                logits_CV.sub_(lse_C[:, None])
+                entropy_N[rows] = -torch.exp(logits_CV).mul_(logits_CV).sum(-1)
+        ctx.kept = logits_CV  # log-probs already where there are entropies
         ctx.save_for_backward(hidden_ND, head_VD, bias_V, targets_N, lse_N, entropy_N)
         ctx.settings = (temperature, num_vocab, with_entropy, chunk)
         return logprobs_N, entropy_N
@@ -121,24 +127,64 @@ class _ChunkedHead(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=lse_N.dtype)
         for start in range(0, hidden_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits_CV = _logits(hidden_ND[rows], head_VD, bias_V, temperature, num_vocab)
-            logp_CV = logits_CV - lse_N[rows, None]
-            probs_CV = torch.exp(logp_CV)
-            grad_CV = probs_CV * -grad_logprobs_N[rows, None]
-            grad_CV.scatter_add_(1, targets_N[rows, None], grad_logprobs_N[rows, None])
-            if with_entropy:
-                weight_C = grad_entropy_N[rows, None]
-                grad_CV -= weight_C * probs_CV * (logp_CV + entropy_N[rows, None])
-            grad_CV /= temperature
+            logits_CV = None
+            if start + chunk >= hidden_ND.shape[0]:  # the last one's are overwritten here
+                logits_CV, ctx.kept = ctx.kept, None
+            are_logprobs = logits_CV is not None and with_entropy
+            if logits_CV is None:
+                logits_CV = _logits(hidden_ND[rows], head_VD, bias_V, temperature, num_vocab)
+            grad_CV = logits_gradient(
+                logits_CV if are_logprobs else logits_CV.sub_(lse_N[rows, None]),
+                targets_N[rows],
+                grad_logprobs_N[rows],
+                grad_logprobs_N[rows],
+                (entropy_N[rows], grad_entropy_N[rows]) if with_entropy else None,
+            )
+            del logits_CV
+            if temperature != 1.0:
+                grad_CV /= temperature
             grad_logits_CV = grad_CV.to(hidden_ND.dtype)
             grad_hidden_ND[rows] = grad_logits_CV @ head_VD[:num_vocab]
-            grad_head_VD[:num_vocab] += grad_logits_CV.t() @ hidden_ND[rows]
+            if grad_head_VD.dtype == grad_logits_CV.dtype:
+                grad_head_VD[:num_vocab].addmm_(grad_logits_CV.t(), hidden_ND[rows])
+            else:
+                grad_head_VD[:num_vocab] += grad_logits_CV.t() @ hidden_ND[rows]
             if bias_V.numel():
                 grad_bias_V[:num_vocab] += grad_CV.sum(0)
+            del grad_CV, grad_logits_CV
         return (
             grad_hidden_ND, grad_head_VD.to(head_VD.dtype), grad_bias_V.to(bias_V.dtype),
             None, None, None, None, None,
         )  # fmt: skip
+
+
+def logits_gradient(
+    logp_CV: torch.Tensor,
+    columns_C: torch.Tensor,
+    own_C: torch.Tensor,
+    grad_C: torch.Tensor,
+    entropy: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Return the gradient of log-probs and entropies with respect to a chunk of logits.
+
+    p · (-g - w · (log p + H)), and + g at the target. Overwrites `logp_CV`: no more than one
+    buffer of its size is added.
+
+    Args:
+        logp_CV: log-probs of C rows, or this rank's columns of them.
+        columns_C: i64, each row's target among these columns.
+        own_C: g where the target is among these columns, else 0.
+        grad_C: g, the gradient of the row's log-prob.
+        entropy: (H_C, w_C), the row's entropy and its gradient; None: no entropies.
+    """
+    grad_CV = torch.exp(logp_CV)
+    if entropy is None:
+        grad_CV.mul_(-grad_C[:, None])
+    else:
+        entropy_C, weight_C = entropy
+        factor_CV = logp_CV.add_(entropy_C[:, None]).mul_(-weight_C[:, None])
+        grad_CV.mul_(factor_CV.sub_(grad_C[:, None]))
+    return grad_CV.scatter_add_(1, columns_C[:, None], own_C[:, None])
 
 
 def _logits(

@@ -36,6 +36,8 @@ class AttentionPlan:
     buckets: tuple[tuple[int, int], ...]
     """(B, L) of each bucket, in order."""
     longest: int
+    in_place: bool = False
+    """Every packed token lies in its own slot: nothing is padded or moved."""
 
 
 def plan_attention(lengths: Sequence[int], device: torch.device | None = None) -> AttentionPlan:
@@ -65,11 +67,13 @@ def plan_attention(lengths: Sequence[int], device: torch.device | None = None) -
             pads.append(slots)
             unpad_T[start : start + length] = np.arange(offset, offset + length)
             offset += longest
+    in_place = offset == len(unpad_T) and bool((unpad_T == np.arange(offset)).all())
     return AttentionPlan(
         pad_P=torch.from_numpy(np.concatenate(pads)).to(device),
         unpad_T=torch.from_numpy(unpad_T).to(device),
         buckets=tuple((len(bucket), lengths[bucket[0]]) for bucket in grouped),
         longest=lengths[order[0]],
+        in_place=in_place,
     )
 
 
@@ -177,12 +181,16 @@ def packed_attention(
             enable_gqa=grouped,
         )
         outputs.append(out_BHLD.transpose(1, 2).reshape(count * length, -1))
-    packed_TF = take_rows(torch.cat(outputs), attention_plan.unpad_T)
+    packed_TF = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if not attention_plan.in_place:
+        packed_TF = take_rows(packed_TF, attention_plan.unpad_T)
     return packed_TF.view(1, tokens, heads, -1), None
 
 
 def _padded(x_1HTD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     x_THD = x_1HTD[0].transpose(0, 1)
+    if plan.in_place:
+        return x_THD
     padded_PF: torch.Tensor = _Pad.apply(x_THD.flatten(1), plan.pad_P, plan.unpad_T)
     return padded_PF.unflatten(1, x_THD.shape[1:])
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shared.algo.logprobs import CHUNK_ELEMENTS, wide
+from shared.algo.logprobs import CHUNK_ELEMENTS, logits_gradient, wide
 
 
 def vocab_parallel_logprobs(
@@ -83,13 +83,13 @@ class _Head(torch.autograd.Function):
             logits_CV = wide(torch.nn.functional.linear(hidden_ND[rows], real_VD)) / temperature
             top_C = logits_CV.amax(dim=-1)
             dist.all_reduce(top_C, dist.ReduceOp.MAX, group=group)
-            shifted_CV = logits_CV - top_C[:, None]
+            shifted_CV = logits_CV.sub_(top_C[:, None])
             exp_CV = shifted_CV.exp()
             mine_C, column_C = _mine(targets_N[rows], first_row, num_rows)
             target_C = shifted_CV.gather(1, column_C[:, None])[:, 0]
             parts = [exp_CV.sum(-1), torch.where(mine_C, target_C, 0.0)]
             if with_entropy:
-                parts.append((exp_CV * shifted_CV).sum(-1))
+                parts.append(exp_CV.mul_(shifted_CV).sum(-1))
             sums = torch.stack(parts)
             dist.all_reduce(sums, group=group)
             log_sum_C = sums[0].log()
@@ -114,16 +114,16 @@ class _Head(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits_CV = wide(torch.nn.functional.linear(hidden_ND[rows], real_VD)) / temperature
-            logp_CV = logits_CV - lse_N[rows, None]
-            probs_CV = logp_CV.exp()
-            grad_CV = probs_CV * -grad_logprobs_N[rows, None]
             mine_C, column_C = _mine(targets_N[rows], first_row, num_rows)
-            own_C = torch.where(mine_C, grad_logprobs_N[rows], 0.0)
-            grad_CV.scatter_add_(1, column_C[:, None], own_C[:, None])
-            if with_entropy:
-                weight_C = grad_entropy_N[rows, None]
-                grad_CV -= weight_C * probs_CV * (logp_CV + entropy_N[rows, None])
-            grad_logits_CV = (grad_CV / temperature).to(hidden_ND.dtype)
+            grad_C = grad_logprobs_N[rows]
+            grad_CV = logits_gradient(
+                logits_CV.sub_(lse_N[rows, None]),
+                column_C,
+                torch.where(mine_C, grad_C, 0.0),
+                grad_C,
+                (entropy_N[rows], grad_entropy_N[rows]) if with_entropy else None,
+            )
+            grad_logits_CV = grad_CV.div_(temperature).to(hidden_ND.dtype)
             grad_hidden_ND[rows] = grad_logits_CV @ real_VD
             grad_head_VD[:num_rows] += grad_logits_CV.t() @ hidden_ND[rows]
         return (

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from shared.cli.trackers import check_installed
 from shared.runtime.config import ROLES, load, read_values, resolve
 from shared.runtime.errors import ConfigError
 from shared.runtime.sections import CommonConfig
@@ -113,7 +114,7 @@ def effective(values: Values) -> dict[str, Any]:
 
 
 def check_model_directory(values: Values) -> None:
-    """Refuse to start processes for a model that is not there, or for a run without an archive.
+    """Refuse to start processes without their model, archive or trackers' packages.
 
     Raises:
         ConfigError: naming the folder or the key.
@@ -129,6 +130,10 @@ def check_model_directory(values: Values) -> None:
             f"config file {values.path}: `run.archive`: must be true here: report and audit of "
             "`lagwise up` read the archive (--set run.archive=true)"
         )
+    try:
+        check_installed(common)
+    except ConfigError as error:
+        raise ConfigError(f"config file {values.path}: {error}") from error
     source = Path(common.model.source)
     if not (source / "config.json").is_file():
         what = "has no config.json" if source.is_dir() else "does not exist"

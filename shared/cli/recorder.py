@@ -1,4 +1,4 @@
-"""`python -m shared.cli.recorder --config FILE`: the process that archives a run."""
+"""`python -m shared.cli.recorder --config FILE`: the process that archives and tracks a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.cli.archive import archive_dir
-from shared.cli.config_cmd import read
+from shared.cli.config_cmd import Values, read
+from shared.cli.trackers import wanted
+from shared.cli.tracking import Tracking, leave
 from shared.runtime import logs
 from shared.runtime.errors import BusUnavailable, ConfigError, RuntimeFault
 from shared.runtime.logs import Log
@@ -32,18 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_at_sigterm()  # until the loop runs
     log = Log("recorder", "recorder")
     try:
-        common = read(arguments.config).common()
-        logs.configure(common.telemetry.log_level)
+        values = read(arguments.config)
+        logs.configure(values.common().telemetry.log_level)
         os.nice(_NICENESS)
-        return asyncio.run(_record(common, log))
+        code, hanging = asyncio.run(_record(values, log))
+        return leave(code, hanging)
     except ConfigError as error:
         sys.stderr.write(f"recorder: {error}\n")
         return 2
 
 
-async def _record(common: CommonConfig, log: Log) -> int:
+async def _record(values: Values, log: Log) -> tuple[int, list[str]]:
+    """Return the exit code, and the trackers whose threads hang."""
     from shared.cli.recording import Recording  # torch: only to run
 
+    common = values.common()
+    trackers = wanted(common, values.config)
     stop = asyncio.Event()
     stop_on_signals(stop, lambda name: log.info("stopping", signal=name))
     try:
@@ -51,17 +57,38 @@ async def _record(common: CommonConfig, log: Log) -> int:
     except BusUnavailable as error:
         raise ConfigError(str(error)) from error
     if bus is None:
-        return 0
+        return 0, []
+    run_dir = Path(common.run.dir)
+    evaluation = values.config.get("learner", {}).get("eval", {})
+    tracking = Tracking(
+        bus,
+        trackers,
+        run_dir / "trackers",
+        log,
+        samples=int(evaluation.get("samples", 1)),
+        success=float(evaluation.get("success_reward", 1.0)),
+        timeout_s=common.trackers.timeout_s,
+    )
     failures: list[str] = []
     try:
-        await Recording(bus, archive_dir(Path(common.run.dir)), log, common.weights).run(stop)
+        async with asyncio.TaskGroup() as group:
+            recording = Recording(bus, archive_dir(run_dir), log, common.weights)
+            group.create_task(recording.run(stop))
+            group.create_task(tracking.run(stop))
     except* (RuntimeFault, OSError) as group:
-        failures += [str(error) for error in group.exceptions]
+        failures += [str(error) for error in _leaves(group)]
     finally:
         await bus.close()
     if failures:
         log.error("recorder_failed", reason="; ".join(failures))
-    return 1 if failures else 0
+    return (1 if failures else 0), tracking.hanging
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
 
 
 async def _connected(common: CommonConfig, log: Log) -> NatsBus:

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from shared.algo.ewma_control import EwmaSettings
+from shared.runtime.trackers_section import TrackersSection
 from shared.wire.trajectory import SamplingParams
 
 
@@ -334,3 +335,11 @@ class CommonConfig(Section):
     weights: WeightsSection = WeightsSection()
     old_logprobs: OldLogprobsSection = OldLogprobsSection()
     telemetry: TelemetrySection = TelemetrySection()
+    trackers: TrackersSection = TrackersSection()
+
+    @model_validator(mode="after")
+    def _trackers_have_a_writer(self) -> Self:
+        trackers = self.trackers
+        if (trackers.tensorboard or trackers.wandb) and not self.run.archive:
+            raise ValueError("trackers are written by the recorder: set run.archive to true")
+        return self

@@ -111,7 +111,25 @@ def test_the_largest_tensor_it_allocates_is_a_chunk_of_logits(monkeypatch: pytes
     hidden, head, _, targets = inputs(7, 11)
     logprobs, _ = token_logprobs(hidden, head, targets)
     logprobs.sum().backward()
-    assert rows_seen == [3, 3, 1] * 2
+    # forward, then backward, for which the last chunk's are kept
+    assert rows_seen == [3, 3, 1, 3, 3]
+
+
+@pytest.mark.parametrize("chunk", [3, 7, 20])
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_the_kept_chunk_changes_nothing_also_in_a_second_backward(chunk: int, with_entropy: bool):
+    hidden, head, _, targets = inputs(7, 11)
+    plain, plain_entropy = token_logprobs_reference(hidden, head, targets, temperature=0.7)
+    ours, entropy = token_logprobs(
+        hidden, head, targets, temperature=0.7, chunk=chunk, with_entropy=with_entropy
+    )
+    if entropy is not None:
+        plain, ours = plain + 0.3 * plain_entropy, ours + 0.3 * entropy
+    want = torch.autograd.grad(plain.square().sum(), (hidden, head))
+    loss = ours.square().sum()
+    for retain in (True, False):
+        got = torch.autograd.grad(loss, (hidden, head), retain_graph=retain)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
 
 
 def test_a_temperature_that_is_not_positive_is_refused():

@@ -42,7 +42,15 @@ def test_a_plan_places_every_token_once_and_pads_little(lengths: list[int]):
     assert max(count for count, _ in plan.buckets) <= BUCKET_SEQUENCES
 
 
-@pytest.mark.parametrize("lengths", [[5, 1, 9, 5, 8], [1], [20] * 33, [3, 30, 4, 29]])
+@pytest.mark.parametrize(
+    ("lengths", "in_place"),
+    [([7] * 20, True), ([9, 9, 4], True), ([9, 8], False), ([4, 9], False), ([16, 15] * 2, False)],
+)
+def test_what_needs_no_padding_in_its_order_is_not_moved(lengths: list[int], in_place: bool):
+    assert plan_attention(lengths).in_place == in_place
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 9, 5, 8], [1], [20] * 33, [3, 30, 4, 29], [9, 9, 4]])
 def test_packed_attention_equals_a_block_diagonal_mask_with_its_gradients(lengths: list[int]):
     ours, theirs = qkv(sum(lengths)), qkv(sum(lengths))
     out, _ = packed_attention(

@@ -569,6 +569,16 @@ def test_the_annotator_can_be_told_what_every_pod_can():
     assert extra["extraVolumes"][0] in spec["volumes"]
 
 
+def test_the_recorder_gets_the_learners_environment_for_its_trackers():
+    key = {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": "w", "key": "key"}}}
+    trackers = {"trackers": {"wandb": {"project": "p", "mode": "online"}}}
+    objects = render({"learner": {"extraEnv": [key]}, "config": trackers})
+    spec = pod_spec(of_kind(objects, "StatefulSet", "learner")[0])
+    recorder = next(c for c in spec["initContainers"] if c["name"] == "recorder")
+    assert key in recorder["env"]
+    assert key in spec["containers"][0]["env"]
+
+
 def test_a_claim_is_mounted_read_only_and_fetched_by_nobody():
     objects = rendered("claim")
     for item in with_pods(objects):

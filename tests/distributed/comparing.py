@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 
 MAX_ERROR, MAX_SHARE = 1e-4, 0.03
+MAX_LOGPROB_ERROR = 5e-6
+"""Of a float32 log-prob against the plain Hugging Face forward, in one process."""
 
 
 def differences(

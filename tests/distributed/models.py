@@ -85,6 +85,21 @@ def num_loss_tokens(seed: int, step: int) -> int:
     return sum(int(mask[1:].sum()) for mask in masks)
 
 
+def plain_logprobs(path: Path, batch: PackedBatch) -> torch.Tensor:
+    """Return logprobs_T of the plain Hugging Face model, one unpadded sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    rows: list[torch.Tensor] = []
+    with torch.no_grad():
+        for ids_T in batch.split(batch.token_ids_T):
+            logp = torch.log_softmax(model(input_ids=ids_T[None]).logits[0] / TEMPERATURE, -1)
+            rows += [logp.new_zeros(1), logp[:-1].gather(1, ids_T[1:, None])[:, 0]]
+    return torch.cat(rows)
+
+
 def train_plainly(
     path: Path, seed: int, steps: int = STEPS
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

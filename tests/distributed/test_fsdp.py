@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparing import MAX_ERROR, MAX_SHARE, differences, same
-from models import MODELS, TEMPERATURE, packs, train_plainly, write_model
+from models import LR, MODELS, TEMPERATURE, packs, train_plainly, write_model
 from safetensors.torch import load_file
 
 from shared.backends.torch_backend import TorchBackend
@@ -24,6 +24,7 @@ def trained(run_ranks, tmp_path_factory) -> tuple[Path, list[tuple[Path, int]]]:
 def test_parameters_after_three_steps_equal_plain_training(trained):
     out, runs = trained
     figures = {}
+    assert LR >= 1e-3
     for number, (path, seed) in enumerate(runs):
         before, want = train_plainly(path, seed)
         got = load_file(out / f"after{number}.safetensors")
@@ -40,6 +41,14 @@ def test_sharded_scores_are_those_of_one_process_bit_for_bit(trained):
         plain.load_hf(path)
         want = plain.score(packs(seed, 0, [[0, 1, 2, 3]])[0], temperature=TEMPERATURE)
         assert torch.equal(load_file(out / f"scores{number}.safetensors")["scores"], want)
+
+
+def test_learner_and_oracle_agree_bit_for_bit_in_one_layout(trained):
+    out, runs = trained
+    for number in range(len(runs)):
+        scores = load_file(out / f"oracle{number}.safetensors")
+        assert scores["learner"].abs().max() > 1
+        assert torch.equal(scores["learner"], scores["oracle"])
 
 
 def test_an_export_is_the_loaded_directory_bit_for_bit(trained):

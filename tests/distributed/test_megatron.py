@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import MAX_ERROR, MAX_SHARE, differences, same
-from models import TEMPERATURE, packs, train_plainly, write_model
+from comparing import MAX_ERROR, MAX_LOGPROB_ERROR, MAX_SHARE, differences, same
+from models import LR, TEMPERATURE, packs, plain_logprobs, train_plainly, write_model
 from safetensors.torch import load_file
 
 from shared.backends.torch_backend import TorchBackend
@@ -49,6 +49,7 @@ def trained(request, run_ranks, tmp_path_factory) -> tuple[Path, list[tuple[Path
 def test_parameters_after_three_steps_equal_plain_training(trained, record_property):
     out, runs = trained
     figures = {}
+    assert LR >= 1e-3
     for number, (path, seed) in enumerate(runs):
         before, want = train_plainly(path, seed)
         figures[path.name] = differences(
@@ -69,6 +70,18 @@ def test_scores_agree_with_the_torch_backend(trained):
         want = plain.score(batch, temperature=TEMPERATURE)
         got = load_file(out / f"scores{number}.safetensors")["scores"]
         assert (got - want).abs().max() <= 5e-5
+
+
+def test_log_probs_of_the_mapping_are_those_of_transformers(trained):
+    """On every layout: what cutting and joining adds stays within the mapping's own bound."""
+    out, runs = trained
+    errors = {}
+    for number, (path, seed) in enumerate(runs):
+        batch = packs(seed, 0, [[0, 1, 2, 3]])[0]
+        got = load_file(out / f"scores{number}.safetensors")["scores"]
+        errors[path.name] = float((got - plain_logprobs(path, batch)).abs().max())
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert max(errors.values()) <= MAX_LOGPROB_ERROR, errors
 
 
 def test_learner_and_oracle_agree_bit_for_bit_in_one_layout(trained):

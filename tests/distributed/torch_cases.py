@@ -40,7 +40,15 @@ def parameters_after_steps(arguments: dict[str, Any]) -> None:
         write(out, f"scores{number}.safetensors", {"scores": scores})
         backend.export_hf(Path(out) / f"export{number}")
         train(backend, seed, max_tokens=arguments.get("max_tokens", 64))
-        write(out, f"after{number}.safetensors", dict(backend.state()))
+        after = dict(backend.state())
+        write(out, f"after{number}.safetensors", after)
+        oracle = open_backend(arguments, path)
+        oracle.load_state(after)
+        scores = {
+            name: side.score(batch, temperature=TEMPERATURE)
+            for name, side in (("oracle", oracle), ("learner", backend))
+        }
+        write(out, f"oracle{number}.safetensors", scores)
 
 
 save_and_load = partial(both_cases.save_and_load, open_backend)

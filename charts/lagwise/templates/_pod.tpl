@@ -92,6 +92,9 @@ initContainers:
     env:
       {{- include "lagwise.cacheEnv" . | nindent 6 }}
       {{- include "lagwise.busEnv" (dict "root" .root "account" "recorder") | nindent 6 }}
+      {{- with $values.extraEnv }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
     resources:
       requests:
         cpu: 100m
