@@ -4,7 +4,8 @@ Both are this product: `lagwise up` with one vLLM rollout, one learner, the same
 task; synchronous is `admission.max_staleness: 0`. Lengths come from what the engine samples
 (services/env_agents/tasks/long_tail.py); nothing sleeps. The number of episodes in play is tuned
 for each side. The ideal gain is computed from the lengths, the bare engine's speed measured in the
-same run, and the synchronous run's training seconds (bench_async_ideal.py).
+same run, and the synchronous run's training seconds (bench_async_ideal.py). The engine has a core
+of its own on both sides (bench_cores.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import yaml
 from safetensors.torch import save_file
 
 from shared.cli.bench_async_ideal import Engine, ideal_gain
+from shared.cli.bench_cores import engine_apart
 from shared.cli.bench_random_weights import random_weights
 from shared.cli.records import load
 from shared.runtime.errors import ConfigError
@@ -51,8 +53,7 @@ MODEL: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
 """0.5 M parameters, deep and narrow: sampling takes most of a version, as with large models, and
-what a version costs in all fits on two cores. Where it does not, both sides share one device and
-the comparison shows that, not asynchrony."""
+everything but the engine fits on the other core."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,30 @@ def engine_of(model: Path) -> Engine:
     return Engine({int(count): float(rate) for count, rate in rates.items()}, SLOTS)
 
 
+def measure(
+    model: Path, folder: Path, ratios: Sequence[float], versions: int
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Play all runs; return the rows, and the episodes in play by side."""
+    in_play = {side: choices[-1] for side, choices in IN_PLAY.items()}
+    rows: list[dict[str, Any]] = []
+    for ratio in sorted(ratios, key=lambda r: r != TUNED_AT):
+        sides: dict[str, Side] = {}
+        engine = engine_of(model)  # each time: a machine is not always as fast as before
+        print("bare engine, tokens/s by episodes at once:", engine.rates, flush=True)
+        for side, choices in IN_PLAY.items():
+            tried = choices if ratio == TUNED_AT else (in_play[side],)
+            for count in tried:
+                written = values(model.absolute(), side, ratio, count, versions)
+                found = play(folder / f"{side}-{ratio:g}-{count}", written)
+                print(f"  {side} ratio {ratio:g}, {count} in play: {found.tokens_per_s:.0f}")
+                if side not in sides or found.tokens_per_s > sides[side].tokens_per_s:
+                    sides[side], in_play[side] = found, count
+        row = compare(sides["synchronous"], sides["asynchronous"], engine, in_play["synchronous"])
+        rows.append({"tail_ratio": ratio, "engine_tokens_per_s": engine.rates, **row})
+        print(line(rows[-1]), flush=True)
+    return rows, in_play
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, add to the report, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -230,23 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = arguments.folder / str(number)
     model = folder / "model"
     make_model(model)
-    in_play = {side: choices[-1] for side, choices in IN_PLAY.items()}
-    rows: list[dict[str, Any]] = []
-    for ratio in sorted(arguments.ratios, key=lambda r: r != TUNED_AT):
-        sides: dict[str, Side] = {}
-        engine = engine_of(model)  # each time: a machine is not always as fast as before
-        print("bare engine, tokens/s by episodes at once:", engine.rates, flush=True)
-        for side, choices in IN_PLAY.items():
-            tried = choices if ratio == TUNED_AT else (in_play[side],)
-            for count in tried:
-                written = values(model.absolute(), side, ratio, count, arguments.versions)
-                found = play(folder / f"{side}-{ratio:g}-{count}", written)
-                print(f"  {side} ratio {ratio:g}, {count} in play: {found.tokens_per_s:.0f}")
-                if side not in sides or found.tokens_per_s > sides[side].tokens_per_s:
-                    sides[side], in_play[side] = found, count
-        row = compare(sides["synchronous"], sides["asynchronous"], engine, in_play["synchronous"])
-        rows.append({"tail_ratio": ratio, "engine_tokens_per_s": engine.rates, **row})
-        print(line(rows[-1]), flush=True)
+    with engine_apart():
+        rows, in_play = measure(model, folder, arguments.ratios, arguments.versions)
     report = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     report["asynchronous_over_synchronous"] = {
         "in_play": in_play,
