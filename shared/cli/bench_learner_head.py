@@ -17,6 +17,7 @@ import sys
 import torch
 
 from shared.algo.logprobs import token_logprobs, token_logprobs_reference
+from shared.cli.peak_memory import peak_rss_bytes
 
 NUM_ROWS, VOCAB, HIDDEN = 2048, 151_936, 64
 
@@ -34,8 +35,7 @@ def main(path: str, num_rows: int = NUM_ROWS, vocab: int = VOCAB) -> dict[str, i
     logprobs_N, entropy_N = compute(hidden_ND, head_VD, targets_N)
     assert entropy_N is not None
     (logprobs_N.sum() + 0.01 * entropy_N.sum()).backward()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"extra_bytes": peak - held, "logits_bytes": num_rows * vocab * 4}
+    return {"extra_bytes": peak_rss_bytes() - held, "logits_bytes": num_rows * vocab * 4}
 
 
 def _resident_bytes() -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from shared.cli.bench_learner_data import Sequences
+from shared.cli.peak_memory import peak_rss_bytes
 
 CONTENDERS = {
     "ours": "bench_learner_ours:Learner",
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # what libraries print is no answer
     contender = made(Path(model), Sequences.load(Path(data)), int(micro_tokens))
-    loaded = _peak_bytes()
+    loaded = peak_rss_bytes()
     answers.write(json.dumps({"ready": name}) + "\n")
     answers.flush()
     for line in sys.stdin:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
             "cpu_s": time.process_time() - cpu,
             "grad_norm": norm,
             "loaded_bytes": loaded,
-            "peak_bytes": _peak_bytes(),
+            "peak_bytes": peak_rss_bytes(),
         }
         if line.strip() == GIVE_BACK:
             _give_back()
@@ -81,10 +81,6 @@ def _give_back() -> None:
     """Return freed memory to the system, where glibc is: others wait with their models loaded."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import uvloop
 
+from shared.cli.peak_memory import peak_rss_bytes
 from shared.runtime.logs import Log, configure
 from shared.runtime.nats_bus import connect
 from shared.runtime.sections import BusSection
@@ -60,19 +59,6 @@ async def follow(job: dict[str, Any]) -> None:
 def say(**fields: Any) -> None:
     """Print one JSON line at once."""
     print(json.dumps(fields), flush=True)
-
-
-def peak_rss_bytes() -> int:
-    """Return this program's peak resident memory.
-
-    Not `ru_maxrss`, where there is a choice: it begins at what the parent held when it forked.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

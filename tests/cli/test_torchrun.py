@@ -33,8 +33,9 @@ def test_ranks_are_run_for_real_and_the_code_comes_through(tmp_path: Path, code:
     (tmp_path / "one_rank.py").write_text(
         "import os, sys\n"
         "rank = os.environ['RANK']\n"
-        "print('rank', rank, 'of', os.environ['WORLD_SIZE'], os.environ['LAGWISE_LAUNCHER'] ==\n"
-        "      str(os.getppid()), flush=True)\n"
+        "known = os.environ['LAGWISE_LAUNCHER'] == str(os.getppid())\n"
+        # in one write: ranks share the pipe
+        "os.write(1, f'rank {rank} of {os.environ[\"WORLD_SIZE\"]} {known}\\n'.encode())\n"
         f"sys.exit({code} if rank == '0' else 0)\n"
     )
     done = subprocess.run(
