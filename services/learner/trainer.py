@@ -25,6 +25,7 @@ from shared.algo.policy_loss import MinibatchLoss, PolicyLoss, count
 from shared.algo.proximal import Proxy
 from shared.algo.shadow import SCATTER_SIZE, SeenTokens, ShadowLosses, ShadowReport, ShadowStep
 from shared.backends.base import Backend, ForwardOutput, LossFn
+from shared.backends.rank_commands import Collects, noted
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Trainer:
                 loss_fn = watched = _Watched(loss, step)
             self._backend.accumulate(
                 micros,
-                or_not_finite(loss_fn),
+                OrNotFinite(loss_fn),
                 temperature=self._temperature,
                 with_entropy=self._policy_loss.needs_entropy,
             )
@@ -154,14 +155,27 @@ class Trainer:
         scalars |= {f"last_{name}": value for name, value in reported.items()}
 
 
-def or_not_finite(loss_fn: LossFn) -> LossFn:
-    """Let a loss that is not finite have such a gradient: over all ranks its step is skipped."""
+@dataclass
+class OrNotFinite:
+    """Lets a loss that is not finite have such a gradient: over all ranks its step is skipped.
 
-    def checked(output: ForwardOutput, batch: PackedBatch) -> torch.Tensor:
-        loss = loss_fn(output, batch)
+    `Collects` what the loss does; travels to other ranks with it.
+    """
+
+    loss_fn: LossFn
+
+    def __call__(self, output: ForwardOutput, batch: PackedBatch) -> torch.Tensor:
+        loss = self.loss_fn(output, batch)
         return loss if bool(torch.isfinite(loss.detach()).all()) else loss * math.nan
 
-    return checked
+    def collected(self) -> list[Any]:
+        """Return what the loss noted of every micro-batch."""
+        return noted(self.loss_fn)
+
+    def merge(self, entries: Sequence[Any]) -> None:
+        """Hand the loss what was noted, whichever ranks saw it."""
+        if isinstance(self.loss_fn, Collects):
+            self.loss_fn.merge(entries)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from services.learner import step_inputs
 from services.learner.config import LearnerConfig
 from services.learner.items import BatchItems, build_items
 from services.learner.skips import SkipBound
-from services.learner.trainer import or_not_finite
+from services.learner.trainer import OrNotFinite
 from shared.algo.batching import pack
+from shared.algo.losses import Denominators
+from shared.algo.policy_loss import PolicyLoss
+from shared.backends.rank_commands import noted
 from shared.backends.torch_backend import TorchBackend
+from shared.runtime.algo_section import AlgoSection
 from shared.runtime.errors import Fatal
 from shared.runtime.memory_bus import MemoryBus
 from shared.runtime.memory_server import MemoryServer
@@ -78,8 +83,8 @@ def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradient_is_finite(
     backend.load_hf(model_dir)
     before = {name: tensor.clone() for name, tensor in backend.state().items()}
     batch = pack([np.arange(8), np.arange(5)])
-    sound = or_not_finite(lambda o, _: o.logprobs_T.sum())
-    poisoned = or_not_finite(lambda o, _: o.logprobs_T.sum() + value)
+    sound = OrNotFinite(lambda o, _: o.logprobs_T.sum())
+    poisoned = OrNotFinite(lambda o, _: o.logprobs_T.sum() + value)
     for loss_fn in (sound, poisoned, sound):  # one micro-batch of three
         backend.accumulate([batch], loss_fn, temperature=1.0, with_entropy=False)
     assert not math.isfinite(backend.step(1e-2, max_grad_norm=1.0))
@@ -87,6 +92,17 @@ def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradient_is_finite(
     backend.accumulate([batch], sound, temperature=1.0, with_entropy=False)
     assert math.isfinite(backend.step(1e-2, max_grad_norm=1.0))
     assert not all(torch.equal(before[n], tensor) for n, tensor in backend.state().items())
+
+
+def test_the_check_goes_to_other_ranks_with_its_loss_and_what_they_noted_comes_back() -> None:
+    loss = PolicyLoss(AlgoSection().settings()).minibatch(
+        Denominators(3.0, 1.0, 0.0), version_now=2
+    )
+    there = pickle.loads(pickle.dumps(OrNotFinite(loss)))
+    there.merge([(None, 0.5), (None, 0.25)])
+    assert there.loss_fn.loss == 0.75
+    there.merge([])
+    assert noted(there) == []
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *versions: int) -> None:
