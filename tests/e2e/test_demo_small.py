@@ -26,7 +26,7 @@ def test_the_demo_kills_a_rollout_recovers_and_the_audit_agrees(start) -> None:
 
 
 def test_one_kill_of_every_target_in_one_run_loses_and_repeats_nothing(start) -> None:
-    versions = 2 * len(EVERY_TARGET)
+    versions = 2 * len(EVERY_TARGET) + 18  # so that a fast machine does not end before the last
     run = start("up", "--config", str(EXAMPLE), "--audit", "300", *small(versions))
     run.kill_in_turn(EVERY_TARGET)
     assert run.wait(240) == 0, run.output()
@@ -35,7 +35,7 @@ def test_one_kill_of_every_target_in_one_run_loses_and_repeats_nothing(start) ->
 
 
 def test_ctrl_c_leaves_nothing_running_and_a_resumed_run_ends_without_loss(start) -> None:
-    arguments = ["up", "--config", str(EXAMPLE), *small(versions=6)]
+    arguments = ["up", "--config", str(EXAMPLE), *small(versions=20)]
     run = start(*arguments)
     run.until(lambda: run.version() >= 2, 120)
     processes = run.descendants()
@@ -45,4 +45,4 @@ def test_ctrl_c_leaves_nothing_running_and_a_resumed_run_ends_without_loss(start
     assert "--resume" in run.output()
     again = start(*arguments, "--resume", "--audit", "300")
     assert again.wait(180) == 0, again.output()
-    assert_sound(again.summary(), versions=6)
+    assert_sound(again.summary(), versions=20)

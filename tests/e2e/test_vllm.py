@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
 BASE = ROOT / "runs/base-vllm"
 TARGETS = ("rollout-0", "env-agents-0")
-VERSIONS = 2 * len(TARGETS) + 4
+VERSIONS = 2 * len(TARGETS) + 10
 
 
 @pytest.mark.parametrize("mode", ["keep", "interrupt"])
