@@ -50,6 +50,7 @@ class Container:
         self.exits: list[int] = []
         self.log = pod.folder / f"{self.name}.log"
         self._stopping = threading.Event()
+        self._argv, self._environment = pod.command(spec)
         self._start()
         self._threads = [threading.Thread(target=self._keep, daemon=True)]
         if "startupProbe" in spec:
@@ -59,10 +60,9 @@ class Container:
 
     def _start(self) -> None:
         self.started_at = time.monotonic()
-        argv, environment = self.pod.command(self.spec)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                argv, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                self._argv, env=self._environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
 

@@ -43,6 +43,42 @@ class Bound:
     threads: list[threading.Thread] = field(default_factory=list)
 
 
+class Release:
+    """What the pods of one release see of the cluster; there is no cluster DNS."""
+
+    def __init__(self, core: Any, folder: Path, namespace: str) -> None:
+        self.folder = folder
+        self.nats_ports = {4222: free_port(), 8222: free_port()}
+        self.addresses: dict[str, str] = {}
+        self._core, self._namespace = core, namespace
+
+    def find(self, kind: str, name: str) -> Any:
+        """Return what a pod mounts."""
+        read = {
+            "ConfigMap": self._core.read_namespaced_config_map,
+            "Secret": self._core.read_namespaced_secret,
+        }[kind]
+        return _json(read(name, self._namespace, _preload_content=False))
+
+    def find_bus(self, release: str) -> None:
+        """The bus's name stands for its address."""
+        services = _json(
+            self._core.list_namespaced_service(
+                self._namespace,
+                label_selector=f"app.kubernetes.io/instance={release}",
+                _preload_content=False,
+            )
+        )["items"]
+        for service in services:
+            part = service["metadata"]["labels"].get("app.kubernetes.io/component")
+            if part == "nats" and service["spec"].get("clusterIP") != "None":
+                self.addresses = {
+                    f"{service['metadata']['name']}:4222": f"127.0.0.1:{self.nats_ports[4222]}",
+                    "port: 4222": f"listen: 127.0.0.1:{self.nats_ports[4222]}",
+                    "http_port: 8222": f"http: 127.0.0.1:{self.nats_ports[8222]}",
+                }
+
+
 class Kubelet:
     """All nodes at once.
 
@@ -58,8 +94,7 @@ class Kubelet:
         self, kubeconfig: Path, folder: Path, *, nodes: dict[str, int], sidecars: Iterable[str] = ()
     ) -> None:
         self.folder = folder
-        self.nats_ports = {4222: free_port(), 8222: free_port()}
-        self.addresses: dict[str, str] = {}
+        self._releases: dict[tuple[str, str], Release] = {}
         self._nodes, self._sidecars = nodes, frozenset(sidecars)
         self._core = client.CoreV1Api(config.new_client_from_config(str(kubeconfig)))
         self._pods: dict[str, Bound] = {}
@@ -79,14 +114,6 @@ class Kubelet:
                 thread.join(60)
             if bound.pod is not None and not bound.leaving:
                 bound.pod.delete()
-
-    def find(self, kind: str, name: str) -> Any:
-        """What a pod mounts; asked for by `local_pods.Pod`."""
-        read = {
-            "ConfigMap": self._core.read_namespaced_config_map,
-            "Secret": self._core.read_namespaced_secret,
-        }[kind]
-        return _json(read(name, self._namespace, _preload_content=False))
 
     def log_of(self, pod: str) -> str:
         """The end of every container's output."""
@@ -150,40 +177,27 @@ class Kubelet:
         for container in pod["spec"].get("initContainers", []):
             if container["name"] in self._sidecars:
                 container["restartPolicy"] = "Always"
-        self._namespace = pod["metadata"]["namespace"]
         bound = self._pods[pod["metadata"]["uid"]] = Bound(pod, _now())
-        self._find_bus(pod)
-        self._in_thread(bound, self._start, bound)
+        self._in_thread(bound, self._start, bound, self._release_of(pod))
 
-    def _start(self, bound: Bound) -> None:
+    def _start(self, bound: Bound, release: Release) -> None:
         name = bound.object["metadata"]["name"]
         folder = self.folder / name
         if folder.exists():  # an earlier pod of a StatefulSet; its logs are kept
             folder.rename(self.folder / f"{name}.{len(list(self.folder.glob(f'{name}.*')))}")
         try:
-            bound.pod = Pod(self, {**bound.object, "kind": "Pod"}, name)
+            bound.pod = Pod(release, {**bound.object, "kind": "Pod"}, name)
         except Exception as error:
             bound.failure = f"{type(error).__name__}: {error}"[:1000]
 
-    def _find_bus(self, pod: Object) -> None:
-        """There is no cluster DNS: the bus's name stands for its address."""
-        labels = pod["metadata"].get("labels", {})
-        release = labels.get("app.kubernetes.io/instance")
-        services = _json(
-            self._core.list_namespaced_service(
-                self._namespace,
-                label_selector=f"app.kubernetes.io/instance={release}",
-                _preload_content=False,
-            )
-        )["items"]
-        for service in services:
-            part = service["metadata"]["labels"].get("app.kubernetes.io/component")
-            if part == "nats" and service["spec"].get("clusterIP") != "None":
-                self.addresses |= {
-                    f"{service['metadata']['name']}:4222": f"127.0.0.1:{self.nats_ports[4222]}",
-                    "port: 4222": f"listen: 127.0.0.1:{self.nats_ports[4222]}",
-                    "http_port: 8222": f"http: 127.0.0.1:{self.nats_ports[8222]}",
-                }
+    def _release_of(self, pod: Object) -> Release:
+        metadata = pod["metadata"]
+        name = metadata.get("labels", {}).get("app.kubernetes.io/instance", "")
+        key = (metadata["namespace"], name)
+        if key not in self._releases:
+            self._releases[key] = Release(self._core, self.folder, metadata["namespace"])
+        self._releases[key].find_bus(name)
+        return self._releases[key]
 
     def _end(self, bound: Bound, grace_s: float) -> None:
         bound.threads[0].join(60)
