@@ -62,8 +62,8 @@ class Container:
         self.started_at = time.monotonic()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self._argv, env=self._environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                self._argv, env=self._environment, cwd=ROOT, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
 
     def _keep(self) -> None:
