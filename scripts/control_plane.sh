@@ -22,7 +22,7 @@ command -v apt-get >/dev/null || fail "needs Debian's packages (apt-get)"
 mkdir -p "$target"
 work=$(mktemp -d "$target/.build.XXXXXX")
 trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
-mkdir -p "$work"/{lists/partial,parts,debs,root,gopath/src/k8s.io}
+mkdir -p "$work"/{lists/partial,parts,debs,unpacked,gopath/src/k8s.io}
 
 # The machine's own package sources, asked for source packages too; its lists stay as they are.
 for file in /etc/apt/sources.list /etc/apt/sources.list.d/*.{list,sources}; do
@@ -39,7 +39,7 @@ say "fetching"
     "${apt[@]}" -o Dir::Etc::sourcelist=/dev/null -o "Dir::Etc::sourceparts=$work/parts" \
         -o "Dir::State::lists=$work/lists" source --download-only kubernetes
     "${apt[@]}" download "$go-go" "$go-src" etcd-server rsync jq libjq1 libonig5 libpopt0 libxxhash0
-    for deb in *.deb; do dpkg -x "$deb" "$work/root"; done
+    for deb in *.deb; do dpkg -x "$deb" "$work/unpacked"; done
 ) || fail "a package is missing: does apt know the suite bookworm of Debian?"
 
 source=$work/gopath/src/k8s.io/kubernetes
@@ -57,11 +57,11 @@ VERSION
 say "building $version"
 (
     cd "$source"
-    export GOROOT=$work/root/usr/lib/${go/golang/go} GOPATH=$work/gopath GOCACHE=$work/cache HOME=$work
-    export PATH=$GOROOT/bin:$work/root/usr/bin:$PATH LD_LIBRARY_PATH=$work/root/usr/lib/x86_64-linux-gnu
+    export GOROOT=$work/unpacked/usr/lib/${go/golang/go} GOPATH=$work/gopath GOCACHE=$work/cache HOME=$work
+    export PATH=$GOROOT/bin:$work/unpacked/usr/bin:$PATH LD_LIBRARY_PATH=$work/unpacked/usr/lib/x86_64-linux-gnu
     export CGO_ENABLED=0 GO111MODULE=off GOPROXY=off KUBE_GIT_VERSION_FILE=$work/version
     make WHAT="${servers[*]/#/cmd/}" >"$work/log" 2>&1
 ) || { tail -20 "$work/log" >&2; fail "it does not build"; }
 for name in "${servers[@]}"; do install "$source/_output/bin/$name" "$target/$name"; done
-install "$work/root/usr/bin/etcd" "$target/etcd"
+install "$work/unpacked/usr/bin/etcd" "$target/etcd"
 say "done: $target"
