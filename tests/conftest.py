@@ -75,6 +75,17 @@ def mortal_nats_server(tmp_path: Path) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread, as the services run: sums have one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def subjects() -> Subjects:
     """Names of a run that no other test uses."""
     return Subjects(f"t{uuid.uuid4().hex[:12]}")

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from services.learner.checkpoint_files import FACTS_FILE, Checkpoint, Facts, read, seal, sync
+from services.learner.checkpoint_files import FACTS_FILE, Checkpoint, Facts, read, seal
 from shared.backends.base import Snapshot
+from shared.runtime.disk import sync
 from shared.runtime.errors import Fatal
 from shared.runtime.logs import Log
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
+
+from shared.runtime.disk import sync
 
 FACTS_FILE = "learner.json"
 
@@ -91,15 +92,6 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(f"{FACTS_FILE}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{FACTS_FILE}: {' '.join(str(error).split())}") from error
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _own_digest(content: Mapping[str, Any]) -> str:

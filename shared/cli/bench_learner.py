@@ -157,14 +157,19 @@ class _Bench:
 
     def _part(self, name: str, *arguments: str) -> dict[str, Any]:
         with self._log.open("ab") as errors:
-            done = subprocess.run(
-                [sys.executable, "-m", f"shared.cli.bench_learner_{name}", *arguments],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=child_environment(os.environ),
-                timeout=PART_WITHIN_S,
-                check=False,
-            )
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", f"shared.cli.bench_learner_{name}", *arguments],
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=child_environment(os.environ),
+                    timeout=PART_WITHIN_S,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired as error:
+                raise SystemExit(
+                    f"bench_learner_{name}: no end after {PART_WITHIN_S:g} s, see {self._log}"
+                ) from error
         if done.returncode:
             raise SystemExit(f"bench_learner_{name} failed, see {self._log}")
         return json.loads(done.stdout)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fsspec.spec import AbstractBufferedFile
 
+from shared.runtime.disk import sync
 from shared.weights.cutting import Piece
 from shared.weights.errors import WeightsError
 
@@ -38,7 +39,7 @@ def local_file(folder: Path, name: str) -> Generator[Write]:
             # A record must never name a file that a power loss can still take.
             os.fsync(file.fileno())
         temporary.replace(folder / name)
-        _sync_folder(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -86,11 +87,3 @@ def os_errors(what: str) -> Generator[None]:
         raise
     except Exception as error:
         raise OSError(f"{what}: {error!r}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

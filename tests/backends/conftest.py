@@ -20,11 +20,8 @@ settings.load_profile("torch")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """For every test of the folder."""
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from shared.cli import bench_learner
 from shared.cli.bench_learner_cases import HEAD_LIMIT, QUICK, SIZES, judge
@@ -18,15 +17,9 @@ from shared.cli.bench_learner_head import main as head
 from shared.cli.bench_learner_hf import Flat, Loop, Padded, write_model
 from shared.cli.bench_learner_ours import Learner, PlainLoss, score
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = QUICK[0]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.learner.crash_world import save_model
+
 
 @pytest.fixture(scope="session")
 def make() -> ModuleType:
@@ -21,3 +23,9 @@ def make() -> ModuleType:
     sys.modules["learner_make"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base model of `crash_world`; files with a model of their own override it."""
+    return save_model(tmp_path_factory.mktemp("model"))

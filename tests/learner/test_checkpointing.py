@@ -41,11 +41,6 @@ ROUTE = "ppo_ewma_async"
 """It carries an anchor, so that a checkpoint has files of three kinds."""
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
 class AtOnce:
     """An executor without a thread: what is begun is done."""
 

@@ -18,12 +18,7 @@ from shared.runtime.memory_server import MemoryServer
 from shared.wire.codec import decode
 from shared.wire.subjects import STREAMS, Subjects
 from shared.wire.weights import Control
-from tests.learner.crash_world import NUM_VERSIONS, config_for, players, save_model
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
+from tests.learner.crash_world import NUM_VERSIONS, config_for, players
 
 
 @pytest.fixture(autouse=True)

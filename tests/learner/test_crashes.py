@@ -18,14 +18,7 @@ from tests.learner.crash_world import (
     journal_of,
     learn,
     players,
-    save_model,
 )
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
-
 
 ROUTES = (
     "snapshot_old", "ewma_prox", "ppo_ewma_async", "interp_prox_loglinear", "interp_prox_linear",

@@ -36,16 +36,10 @@ from tests.learner.crash_world import (
     learn,
     play,
     players,
-    save_model,
 )
 
 KILLS = 20
 SUBJECTS = Subjects("crash")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def long(model_dir: Path, run_dir: Path, versions: int, route: str) -> LearnerConfig:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from services.learner.routes import snapshots
 from services.learner.routes.base import OldLogprobs
@@ -23,17 +22,11 @@ from shared.weights.canary import CanaryResult
 from tests.learner.route_trajectories import HEAD, MIXED, Rows, restamp, rows_of, write_model
 from tests.learner.route_world import Versions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = 1e-10
 EXACT = ("oracle", "snapshot_old", "interrupt")
 APPROXIMATE = tuple(name for name in ROUTES if name not in EXACT)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

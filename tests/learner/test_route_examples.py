@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +17,7 @@ from shared.wire.codec import decode
 from shared.wire.journal import JournalEntry, RunFinished
 from tests.learner.interrupt_world import World
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples/fixed_async_offpolicy"
@@ -45,14 +44,6 @@ SMALL = {
     },
 }  # fmt: skip
 """A run of seconds: sizes and waits, nothing of the algorithm."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

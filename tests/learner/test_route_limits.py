@@ -21,20 +21,14 @@ from shared.weights.errors import MissingVersion
 from tests.learner.route_trajectories import HEAD, MIXED, restamp, rows_of, write_model
 from tests.learner.route_world import Versions
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = 1e-10
 EXACT = ("oracle", "snapshot_old", "interrupt")
 APPROXIMATE = tuple(name for name in ROUTES if name not in EXACT)
 FREE = Objective(corrections=(), objective=Ppo(low=1.0, high=1e9, dual=None))
 """Nothing is masked, truncated or clipped."""
 MASKED = Objective(corrections=(IcePop(low=0.9, high=1.1),), objective=Ppo(low=0.2, high=0.2))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from services.learner.routes.anchored import EwmaProx
 from shared.wire.codec import decode
 from shared.wire.messages import Score
 from tests.learner.shadow_world import SIZE, VERSIONS, ShadowRun, write_model
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.timeout(90), pytest.mark.usefixtures("one_thread")]
 
 APPROXIMATE = (
     "ewma_prox", "ppo_ewma_async", "interp_prox_loglinear", "interp_prox_linear",
     "current_recompute", "rollout",
 )  # fmt: skip
 ALL = ("snapshot_old", *APPROXIMATE)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -38,15 +38,9 @@ from tests.learner.crash_world import (
     journal_of,
     learn,
     players,
-    save_model,
 )
 
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize(

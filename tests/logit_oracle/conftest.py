@@ -36,11 +36,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread: None) -> None:
+    """For every test of the folder."""
 
 
 @pytest.fixture(scope="session")
