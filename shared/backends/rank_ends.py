@@ -38,8 +38,12 @@ def beat_s(timeout_s: float) -> float:
 class LineEnd:
     """One end of a line; whole frames, from any thread."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, timeout_s: float) -> None:
+        """Take over a connection; a send fails when the other end reads nothing for `timeout_s`."""
         connected.settimeout(None)
+        seconds, rest = divmod(timeout_s, 1)
+        bound = struct.pack("ll", int(seconds), int(rest * 1e6))
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket = connected
         self._frames: Connection = Connection(os.dup(connected.fileno()))
@@ -50,10 +54,15 @@ class LineEnd:
         """Send a frame.
 
         Raises:
-            OSError: the other end is gone.
+            OSError: the other end is gone, or did not read in time, which ends the line: half a
+                frame may be on its way.
         """
         with self._sending:
-            self._frames.send_bytes(kind + payload)
+            try:
+                self._frames.send_bytes(kind + payload)
+            except OSError:
+                self.cut()
+                raise
 
     def receive(self) -> tuple[bytes, bytes]:
         """Wait for a frame; return its kind and payload.

@@ -103,7 +103,7 @@ class LeaderLines:
                     connected.close()
                     continue
                 self._pids[rank] = pid
-                self._ends[rank] = LineEnd(connected)
+                self._ends[rank] = LineEnd(connected, self._timeout_s)
                 self._answers[rank] = queue.Queue()
         for rank, end in self._ends.items():
             _start(self._read, rank, end)
@@ -203,7 +203,7 @@ class FollowerLine:
         """
         connected = socket.create_connection((address.host, address.port), timeout=timeout_s)
         connected.sendall(HELLO.pack(address.token, rank, os.getpid()))
-        self._end = LineEnd(connected)
+        self._end = LineEnd(connected, timeout_s)
         self._timeout_s = timeout_s
         self._leave = leave
         self._commands: queue.Queue[bytes | None] = queue.Queue()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from shared.backends.rank_ends import Address
+from shared.backends.rank_ends import HELLO, Address
 from shared.backends.rank_lines import FollowerLine, LeaderLines
 
 TIMEOUT_S = 2.0
@@ -156,3 +156,35 @@ def test_ranks_that_do_not_come_are_named_within_the_bound():
     FollowerLine(2, address, timeout_s=5, leave=Left())
     with pytest.raises(TimeoutError, match=r"rank 1, 3 did not connect within 0.5 s"):
         lines.accept()
+
+
+BIG = b"x" * (64 << 20)
+"""More than sockets hold: a frozen process reads none of it."""
+
+
+def test_a_command_to_a_follower_that_does_not_read_is_given_up_and_the_rank_named():
+    lines = LeaderLines(1, host="127.0.0.1", timeout_s=TIMEOUT_S)
+    frozen = socket.create_connection(("127.0.0.1", lines.port))
+    frozen.sendall(HELLO.pack(lines.token, 1, 0))
+    lines._one_machine = False  # it is this process: not to be killed
+    lines.accept()
+    began = time.monotonic()
+    lines.send(BIG)
+    assert lines.lost.wait(TIMEOUT_S)
+    # what still fits into the sockets' buffers starts the clock again, a few times
+    assert time.monotonic() - began < 10 * TIMEOUT_S
+    assert lines.reason.startswith("rank 1: ")
+    frozen.close()
+
+
+def test_an_answer_to_a_leader_that_does_not_read_ends_the_follower():
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        left = Left()
+        address = Address("127.0.0.1", frozen.getsockname()[1], b"t" * 32)
+        follower = FollowerLine(1, address, timeout_s=TIMEOUT_S, leave=left)
+        answering = threading.Thread(target=follower.answer, args=(BIG,), daemon=True)
+        answering.start()
+        answering.join(10 * TIMEOUT_S)
+        assert not answering.is_alive()
+        assert left.told.wait(2 * TIMEOUT_S)
+        assert left.reasons[0].startswith("the leader")
