@@ -7,7 +7,6 @@ from pathlib import Path
 
 import msgpack
 import numpy as np
-import pytest
 import safetensors.torch
 import torch
 
@@ -18,7 +17,6 @@ from shared.runtime.memory_bus import MemoryBus
 from shared.weights.canary import make_canary
 from shared.weights.publisher import Publisher
 from shared.wire.codec import encode
-from shared.wire.subjects import Subjects
 from shared.wire.weights import Canary, Control
 
 CANARY: Canary = make_canary(
@@ -26,14 +24,6 @@ CANARY: Canary = make_canary(
     np.zeros((1, 4), dtype=np.int32),
     torch.float32,
 )
-
-
-@pytest.fixture
-async def bus() -> AsyncIterator[MemoryBus]:
-    bus = MemoryBus(Subjects("r"))
-    await bus.create_streams()
-    yield bus
-    await bus.close()
 
 
 @asynccontextmanager

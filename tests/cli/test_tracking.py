@@ -19,7 +19,6 @@ from shared.runtime.memory_bus import MemoryBus
 from shared.runtime.sections import CommonConfig
 from shared.wire.codec import encode
 from shared.wire.journal import Evaluated, Issued, JournalEntry
-from shared.wire.subjects import Subjects
 from shared.wire.telemetry import StepReport
 
 EVALUATED = Evaluated(
@@ -49,14 +48,6 @@ class Recorded:
     @property
     def versions(self) -> list[int]:
         return [p.version for _, p in self.points if "train/loss" in p.scalars]
-
-
-@pytest.fixture
-async def bus() -> AsyncIterator[MemoryBus]:
-    bus = MemoryBus(Subjects("r"))
-    await bus.create_streams()
-    yield bus
-    await bus.close()
 
 
 @asynccontextmanager
