@@ -6,6 +6,7 @@ transformers takes seconds to import: it is imported inside the functions that n
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,10 @@ import torch
 from shared.backends.hf_files import HfFiles
 from shared.backends.hf_names import published_places
 from shared.backends.packed_attention import ATTENTION_NAME, register
+
+_BUILDING = threading.Lock()
+"""One model at a time: transformers replaces functions of the process while it loads, and two
+threads at once leave them replaced for good (weights are never tied again)."""
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
@@ -35,15 +40,16 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
     hf_logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _BUILDING:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=ATTENTION_NAME,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ValueError(f"model {path}: {_one_line(error)}") from error
     model, info = cast("tuple[Any, dict[str, Any]]", loaded)
@@ -78,7 +84,7 @@ def load_empty(path: Path, *, dtype: torch.dtype) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        with _parameters_on_meta():
+        with _BUILDING, _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION_NAME
             )

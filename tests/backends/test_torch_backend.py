@@ -1,4 +1,5 @@
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -301,6 +302,27 @@ def test_a_state_goes_round_bit_for_bit_and_restores_the_forward(
     follower.load_hf(model_dir)
     follower.load_state(clone(backend32))
     assert torch.equal(scored, follower.score(batch, temperature=1.0))
+
+
+def test_models_that_threads_load_at_once_leave_transformers_as_it_was(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers import PreTrainedModel
+
+    tie_weights = PreTrainedModel.tie_weights
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", tie_weights)  # put back in any case
+
+    def load() -> None:
+        for _ in range(10):
+            TorchBackend(torch.float32).load_hf(model_dir)
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert PreTrainedModel.tie_weights is tie_weights
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_tied_weights_are_published_once(backend32: TorchBackend):
