@@ -1,4 +1,4 @@
-"""Peak memory of log-probs and entropies at a real vocabulary: `bench_learner_head PATH`.
+"""Peak memory of log-probs and entropies at a real vocabulary: `bench_learner_head PATH [ROWS]`.
 
 A process of its own per path: hidden states, head and targets are there, then forward and backward
 run once. The peak of its resident memory over what it held before is the figure. Hidden states are
@@ -44,4 +44,4 @@ def _resident_bytes() -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))
+    print(json.dumps(main(sys.argv[1], *map(int, sys.argv[2:]))))
