@@ -18,6 +18,7 @@ from services.learner.staging import Scored
 from shared.algo.batching import PackedBatch, pack
 from shared.algo.policy_loss import PROX
 from shared.algo.shadow import COMPARED, given_key
+from shared.backends.routing import ROUTING, Rows, not_recorded, routing_rows
 from shared.wire.journal import Batch, Member, TrainedGroup
 from shared.wire.messages import SequenceScore
 from shared.wire.trajectory import Sequence as TokenSequence
@@ -53,6 +54,8 @@ class Item:
     """What further routes say of it; NaN where they say nothing."""
     compared: bool = True
     """Whether its trajectory is in the sample that shadows look at."""
+    routing: Rows | None = None
+    """[T, L, K]: experts to take; None leaves them to the router."""
 
     @property
     def num_tokens(self) -> int:
@@ -172,6 +175,12 @@ def pack_items(items: Sequence[Item]) -> PackedBatch:
         per_token[PROX] = anchors
     for route in items[0].shadows:
         per_token[given_key(route)] = [item.shadows[route] for item in items]
+    like = next((item.routing for item in items if item.routing is not None), None)
+    if like is not None:
+        per_token[ROUTING] = [
+            not_recorded(item.num_tokens, like) if item.routing is None else item.routing
+            for item in items
+        ]
     if not all(item.compared for item in items):
         per_token[COMPARED] = [np.full(i.num_tokens, i.compared, dtype=np.bool_) for i in items]
     batch = pack([item.token_ids for item in items], per_token)
@@ -207,6 +216,7 @@ def _item(
         reward=member.reward,
         trajectory=trajectory,
         reference_logprobs=reference_logprobs,
+        routing=routing_rows(sequence.routing, len(versions)),
     )
 
 

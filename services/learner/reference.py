@@ -31,5 +31,6 @@ class Reference:
             members,
             temperature=self._temperature,
             pack_tokens=self._pack_tokens,
+            replay=False,  # another model's router is not the sampler's
         )
         return found

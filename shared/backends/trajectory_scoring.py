@@ -17,6 +17,7 @@ import torch
 from shared.algo.batching import pack
 from shared.algo.version_scoring import parts_by_version
 from shared.backends.base import Backend
+from shared.backends.routing import ROUTING, Rows, fully_recorded, not_recorded, routing_rows
 from shared.wire.base import Array, DType
 from shared.wire.messages import SequenceScore, VersionScore
 from shared.wire.trajectory import Sequence, Trajectory
@@ -48,7 +49,10 @@ class Piece:
     """Stamped positions whose log-prob is wanted, ascending."""
     can_be_exact: bool
     """False: the tokens were sampled over a KV cache of older weights, or from a truncated
-    distribution, so that no forward of this version is their training-side twin."""
+    distribution, or experts were chosen that nobody recorded, so that no forward of this version is
+    their training-side twin."""
+    routing: Rows | None = None
+    """[len(token_ids), L, K]: experts to take; None leaves them to the router."""
 
 
 def pieces_of(trajectory: Played, *, kind: LayoutKind, temperature: float) -> tuple[Piece, ...]:
@@ -66,7 +70,10 @@ def pieces_of(trajectory: Played, *, kind: LayoutKind, temperature: float) -> tu
         for part in parts_by_version(sequence.spans):
             can_be_exact = inexact is None or not inexact[part.positions].any()
             for shared_temperature, positions in _by_temperature(part.positions, drawn_at):
-                stop = len(token_ids) if kind == "single" else int(positions[-1]) + 1
+                last = int(positions[-1])
+                stop = len(token_ids) if kind == "single" else last + 1
+                routing = routing_rows(sequence.routing, stop, part.version)
+                recorded = routing is None or fully_recorded(routing[:last])
                 pieces.append(
                     Piece(
                         sequence=index,
@@ -76,7 +83,8 @@ def pieces_of(trajectory: Played, *, kind: LayoutKind, temperature: float) -> tu
                         else shared_temperature,
                         token_ids=token_ids[:stop],
                         positions=positions,
-                        can_be_exact=can_be_exact,
+                        can_be_exact=can_be_exact and recorded,
+                        routing=routing,
                     )
                 )
     return tuple(pieces)
@@ -95,14 +103,16 @@ def whole_pieces(trajectory: Trajectory, *, temperature: float) -> tuple[Piece, 
             continue
         drawn_at = _drawn_at(sequence, temperature)
         for own, positions in _by_temperature(sampled, drawn_at):
+            stop = int(positions[-1]) + 1
             pieces.append(
                 Piece(
                     sequence=index,
                     version=-1,
                     temperature=temperature if own is None else own,
-                    token_ids=token_ids[: int(positions[-1]) + 1],
+                    token_ids=token_ids[:stop],
                     positions=positions,
                     can_be_exact=False,
+                    routing=routing_rows(sequence.routing, stop),
                 )
             )
     return tuple(pieces)
@@ -146,9 +156,8 @@ def score_pieces(
     values: dict[int, npt.NDArray[np.floating[Any]]] = {}
     for group in groups:
         chosen = [pieces[index] for index in group]
-        batch = pack(
-            [piece.token_ids for piece in chosen], {"loss_mask": [_mask(piece) for piece in chosen]}
-        )
+        per_token = {"loss_mask": [_mask(piece) for piece in chosen]} | _routing(chosen)
+        batch = pack([piece.token_ids for piece in chosen], per_token)
         logprobs_T = backend.score(batch, temperature=chosen[0].temperature)
         split = batch.split(logprobs_T.cpu())
         for index, piece, logprobs in zip(group, chosen, split, strict=True):
@@ -221,6 +230,17 @@ class TrajectoryScore:
             provenance[piece.version] = VersionScore(
                 version=piece.version, status=status, digest=digest
             )
+
+
+def _routing(pieces: Many[Piece]) -> dict[str, list[npt.NDArray[Any]]]:
+    like = next((piece.routing for piece in pieces if piece.routing is not None), None)
+    if like is None:
+        return {}
+    rows = [
+        not_recorded(len(piece.token_ids), like) if piece.routing is None else piece.routing
+        for piece in pieces
+    ]
+    return {ROUTING: list(rows)}
 
 
 def _mask(piece: Piece) -> npt.NDArray[np.uint8]:

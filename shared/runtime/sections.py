@@ -100,6 +100,10 @@ class ModelSection(Section):
     compile: bool = False
     """Learner and oracle: torch.compile each layer. Other bits than without, so one setting for
     both."""
+    routing: Literal["recompute", "replay"] = "recompute"
+    """Of a mixture of experts. recompute: the router chooses in every forward, the sampler's, that
+    of ℓ^old and that of ℓ. replay: rollouts record their choices, and ℓ^old and ℓ take those
+    (docs/backends.md)."""
     backend: Literal["torch", "megatron"] = "torch"
     """Of learner and oracle (docs/backends.md). megatron needs the extra of that name."""
     layout: LayoutSection = LayoutSection()

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, model_validator
 
-DType = Literal["u1", "i4", "i8", "u8", "f4", "f8"]
+DType = Literal["u1", "u2", "i4", "i8", "u8", "f4", "f8"]
 """Little-endian numpy codes of the array types that may travel."""
 
 

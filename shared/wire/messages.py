@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from shared.wire.base import Array, Message, Part
-from shared.wire.trajectory import Outcome, SamplingParams, Span
+from shared.wire.trajectory import Outcome, RoutingRecord, SamplingParams, Span, check_routing
 
 Purpose = Literal["train", "eval"]
 
@@ -123,6 +123,13 @@ class Score(Message):
     compute_s: float = 0.0
 
 
+class RoutingHeld(Part):
+    """Rows of routing that the caller has: tokens [0, stop) under one version."""
+
+    version: int = Field(ge=0)
+    stop: int = Field(gt=0)
+
+
 class SampleRequest(Message):
     """Env_agents -> rollout: continue these token ids by one turn.
 
@@ -148,6 +155,8 @@ class SampleRequest(Message):
     """i of the first token asked for: > 0 when a partial turn is resumed."""
     expires: float
     """Unix seconds after which nobody waits for the answer."""
+    routing_held: RoutingHeld | None = None
+    """Routing that need not be sent again."""
 
 
 class CancelRequest(Message):
@@ -168,6 +177,10 @@ class SampledTokens(Part):
     spans: tuple[Span, ...]
     """Over [0, N)."""
     mixed_kv: bool = False
+    routing: tuple[RoutingRecord, ...] = ()
+    """Of the forwards that sampled, `routing_held` left out. Positions count from the first token
+    of the *prefix*; under each version of `spans` every token is covered but the last one sampled,
+    which was not forwarded any more."""
 
     @model_validator(mode="after")
     def _spans_tile(self) -> Self:
@@ -183,6 +196,7 @@ class SampledTokens(Part):
             end = span.stop
         if end != num_tokens or self.logprobs.shape != (num_tokens,):
             raise ValueError("tokens, log-probs and spans differ in length")
+        check_routing(self.routing, None)
         return self
 
 

@@ -33,6 +33,42 @@ class Span(Part):
     stop: int = Field(gt=0)
 
 
+class RoutingRecord(Part):
+    """Which experts a mixture of experts chose for tokens [start, stop) under one version.
+
+    Recorded by the engine in the forward that sampled; replayed under `model.routing: replay`.
+    """
+
+    version: int = Field(ge=0)
+    start: int = Field(ge=0)
+    stop: int = Field(gt=0)
+    experts: Array
+    """u1 or u2 [stop - start, L, K]: expert ids, by layer that has any (ascending) and choice."""
+
+    @model_validator(mode="after")
+    def _shape_matches(self) -> Self:
+        shape = self.experts.shape
+        if self.experts.dtype not in ("u1", "u2") or len(shape) != 3 or 0 in shape:
+            raise ValueError("routing must be u1 or u2 [tokens, layers, choices], none of them 0")
+        if shape[0] != self.stop - self.start:
+            raise ValueError(f"routing of {shape[0]} tokens for [{self.start}, {self.stop})")
+        return self
+
+
+def check_routing(records: tuple[RoutingRecord, ...], num_tokens: int | None) -> None:
+    """Refuse records that cannot be of one model, or end beyond `num_tokens`.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    shapes = {record.experts.shape[1:] for record in records}
+    if len(shapes) > 1:
+        raise ValueError(f"routing records of several shapes: {sorted(shapes)}")
+    for record in records:
+        if num_tokens is not None and record.stop > num_tokens:
+            raise ValueError(f"routing up to token {record.stop} of {num_tokens}")
+
+
 class Turn(Part):
     """One answer of the policy inside a sequence."""
 
@@ -60,10 +96,12 @@ class Sequence(Part):
     arrays: dict[str, Array] = {}
     """Per-token arrays by name, each of length T, 0 and never read where loss_mask is 0.
     `sampler_logprobs` f4[T] is required. Reserved: old, reference and teacher log-probs, values,
-    routing, keep-sets."""
+    keep-sets."""
     turns: tuple[Turn, ...] = ()
     mixed_kv: tuple[Span, ...] = ()
     """Tokens sampled over a KV cache of older weights: never exact (see docs/staleness.md)."""
+    routing: tuple[RoutingRecord, ...] = ()
+    """In the order of sampling; where a token was recorded twice, the first record counts."""
     parent: int | None = None
     """Index of the sequence this one continues, for rewritten histories."""
     agent_id: str = "main"
@@ -89,6 +127,7 @@ class Sequence(Part):
             end = span.stop
         if not np.array_equal(stamped, self.loss_mask.numpy()):
             raise ValueError("version spans do not cover exactly the sampled tokens")
+        check_routing(self.routing, length)
         return self
 
 

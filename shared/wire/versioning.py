@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shared.wire.errors import ForeignMajor
 
-WIRE_VERSION: tuple[int, int] = (2, 1)
+WIRE_VERSION: tuple[int, int] = (2, 2)
 """(major, minor), in every payload."""
 
 

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from shared.algo.batching import PackedBatch
 from shared.backends.torch_backend import TorchBackend
-from shared.backends.trajectory_scoring import TrajectoryScore, objection, pieces_of, score_pieces
-from shared.wire.trajectory import SamplingParams, Span, Turn
+from shared.backends.trajectory_scoring import (
+    TrajectoryScore,
+    objection,
+    pieces_of,
+    score_pieces,
+    whole_pieces,
+)
+from shared.wire.base import Array
+from shared.wire.trajectory import RoutingRecord, SamplingParams, Span, Turn
 
 
 @pytest.fixture
@@ -64,6 +72,45 @@ def test_only_the_versions_touched_by_a_mixed_cache_lose_exactness(sequence, tra
     played = trajectory(sequence(SPANS, length=15, mixed_kv=mixed))
     pieces = pieces_of(played, kind="packed", temperature=1.0)
     assert [(p.version, p.can_be_exact) for p in pieces] == [(2, True), (4, False)]
+
+
+def test_a_piece_replays_what_its_version_recorded_and_a_gap_costs_exactness(
+    sequence, trajectory
+) -> None:
+    def record(version: int, start: int, stop: int) -> RoutingRecord:
+        experts = np.full((stop - start, 2, 1), version)
+        return RoutingRecord(
+            version=version, start=start, stop=stop, experts=Array.of(experts, "u1")
+        )
+
+    # Version 4 sampled tokens 3, 4 and 9: context rows 0..8. Version 2 token 6: rows 0..5.
+    records = (record(4, 0, 4), record(2, 0, 5), record(4, 4, 9))
+    played = trajectory(sequence(SPANS, length=15, routing=records))
+    two, four = pieces_of(played, kind="packed", temperature=1.0)
+    assert two.routing[:, 0, 0].tolist() == [2] * 5 + [-1] * 2
+    assert four.routing[:, 1, 0].tolist() == [4] * 9 + [-1]
+    assert (two.can_be_exact, four.can_be_exact) == (False, True)
+    (now,) = whole_pieces(played, temperature=1.0)
+    assert now.routing[:, 0, 0].tolist() == [4] * 4 + [2] + [4] * 4 + [-1]
+
+
+def test_pieces_without_records_are_packed_with_those_that_have_some(sequence, trajectory) -> None:
+    experts = Array.of(np.full((6, 1, 2), 7), "u1")
+    recorded = sequence(
+        [(2, 3, 7)], routing=(RoutingRecord(version=2, start=0, stop=6, experts=experts),)
+    )
+    seen: list[PackedBatch] = []
+
+    class Scorer:
+        def score(self, batch: PackedBatch, *, temperature: float) -> torch.Tensor:
+            seen.append(batch)
+            return torch.zeros(batch.num_tokens)
+
+    pieces = pieces_of(trajectory(recorded, sequence([(2, 3, 5)])), kind="packed", temperature=1.0)
+    score_pieces(Scorer(), pieces, "packed")
+    score_pieces(Scorer(), pieces[1:], "packed")
+    assert seen[0].per_token["routing"][:, 0, 0].tolist() == [7] * 6 + [-1] * 6
+    assert "routing" not in seen[1].per_token
 
 
 def test_an_empty_trajectory_has_nothing_to_score(sequence, trajectory) -> None:

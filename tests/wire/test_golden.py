@@ -39,6 +39,7 @@ from shared.wire.messages import (
     Layout,
     Partial,
     Refused,
+    RoutingHeld,
     SampledTokens,
     SampleReply,
     SampleRequest,
@@ -53,6 +54,7 @@ from shared.wire.telemetry import BlobRef, DeadLetter, Lease, StepReport
 from shared.wire.trajectory import (
     Failure,
     Outcome,
+    RoutingRecord,
     SamplingParams,
     Sequence,
     Span,
@@ -74,9 +76,10 @@ TICKET = Ticket(
     task=TaskRef(dataset="frozen_lake", split="train", index=5, seed=7, payload={"map": "SF"}),
     issue_version=3, min_version=3, deadline=1700000060.5, sampling=SAMPLING, seed=11,
 )  # fmt: skip
+ROUTING = (RoutingRecord(version=3, start=0, stop=2, experts=Array.of([[[1, 0]], [[2, 7]]], "u1")),)
 SAMPLED = SampledTokens(
     token_ids=Array.of([5, 6], "i4"), logprobs=Array.of([-0.5, -1.0], "f4"),
-    spans=(Span(version=3, start=0, stop=1), Span(version=4, start=1, stop=2)),
+    spans=(Span(version=3, start=0, stop=1), Span(version=4, start=1, stop=2)), routing=ROUTING,
 )  # fmt: skip
 TRAJECTORY = Trajectory(
     status="done", reward=1.0, rewards={"goal": 1.0}, task_digest="d" * 32, played_s=0.5,
@@ -84,6 +87,7 @@ TRAJECTORY = Trajectory(
     sequences=(
         Sequence(
             token_ids=I4, loss_mask=MASK, spans=SPANS, arrays={"sampler_logprobs": F4},
+            routing=ROUTING,
             turns=(Turn(start=1, stop=3, finish="stop", rewards={"r": 1.0}, pods=("rollout-1",)),),
         ),
     ),
@@ -150,6 +154,7 @@ SAMPLES: dict[str, Message] = {
     "sample_request": SampleRequest(
         request_id="r-1", ticket_id="t-1", token_ids=I4, sampling=SAMPLING, max_new_tokens=8,
         min_version=3, seed=11, seed_offset=2, expires=1700000030.0,
+        routing_held=RoutingHeld(version=3, stop=2),
     ),
     "cancel": CancelRequest(request_id="r-1"),
     "reply/accepted": reply(Accepted(version=3)),

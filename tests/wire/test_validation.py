@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from shared.wire.base import Array
 from shared.wire.messages import SampledTokens
 from shared.wire.subjects import STREAMS, Subjects
-from shared.wire.trajectory import Sequence, Span, Trajectory
+from shared.wire.trajectory import RoutingRecord, Sequence, Span, Trajectory
 
 F4 = Array.of(np.zeros(5), "f4")
 
@@ -68,6 +68,43 @@ def test_an_unstamped_doubly_stamped_or_wrongly_stamped_token_is_refused(spans, 
 def test_arrays_of_another_length_or_type_are_refused(changes, problem):
     with pytest.raises(ValidationError, match=problem):
         sequence(**changes)
+
+
+def routing(start=0, stop=2, shape=(2, 3, 2), dtype="u1") -> RoutingRecord:
+    experts = Array.of(np.zeros(shape), dtype)
+    return RoutingRecord(version=3, start=start, stop=stop, experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"stop": 3}, r"routing of 2 tokens for \[0, 3\)"),
+        ({"start": 1}, r"routing of 2 tokens for \[1, 2\)"),
+        ({"dtype": "i4"}, "must be u1 or u2"),
+        ({"shape": (2, 3)}, "must be u1 or u2"),
+        ({"shape": (2, 0, 2)}, "none of them 0"),
+    ],
+)
+def test_routing_is_expert_ids_by_token_layer_and_choice(changes, problem):
+    assert routing().experts.shape == (2, 3, 2)
+    assert routing(dtype="u2").stop == 2
+    with pytest.raises(ValidationError, match=problem):
+        routing(**changes)
+
+
+def test_routing_stays_inside_its_sequence_and_is_that_of_one_model():
+    assert len(sequence(routing=(routing(), routing(3, 5))).routing) == 2
+    with pytest.raises(ValidationError, match="routing up to token 6 of 5"):
+        sequence(routing=(routing(4, 6),))
+    with pytest.raises(ValidationError, match="several shapes"):
+        sequence(routing=(routing(), routing(shape=(2, 3, 4))))
+    with pytest.raises(ValidationError, match="several shapes"):
+        SampledTokens(
+            token_ids=Array.of([1], "i4"),
+            logprobs=Array.of([0.0], "f4"),
+            spans=(Span(version=3, start=0, stop=1),),
+            routing=(routing(), routing(shape=(2, 1, 2))),
+        )
 
 
 def test_a_trajectory_has_at_least_one_sequence():

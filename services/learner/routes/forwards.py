@@ -5,6 +5,7 @@ Shapes: T tokens of one sequence.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,9 +25,21 @@ Logprobs = list[npt.NDArray[np.floating[Any]]]
 
 
 def forward_members(
-    backend: Backend, members: Sequence[Scored], *, temperature: float, pack_tokens: int
+    backend: Backend,
+    members: Sequence[Scored],
+    *,
+    temperature: float,
+    pack_tokens: int,
+    replay: bool = True,
 ) -> tuple[dict[str, Logprobs], int]:
     """Forward every trajectory once under the weights that `backend` holds.
+
+    Args:
+        backend: the model.
+        members: trajectories.
+        temperature: of turns that carry no sampling parameters of their own.
+        pack_tokens: most tokens of a forward.
+        replay: take the experts that the sampler took, where it recorded them.
 
     Returns:
         Log-probs of the sampled tokens by ticket id, and the tokens forwarded.
@@ -41,7 +54,7 @@ def forward_members(
         ]
         for piece in whole_pieces(member.trajectory, temperature=temperature):
             owners.append(member.ticket_id)
-            pieces.append(piece)
+            pieces.append(piece if replay else dataclasses.replace(piece, routing=None))
     for pack in balance([len(piece.token_ids) for piece in pieces], pack_tokens):
         chosen = [pieces[index] for index in pack]
         for index, logprobs in zip(pack, score_pieces(backend, chosen, "packed"), strict=True):
