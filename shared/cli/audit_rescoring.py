@@ -177,6 +177,25 @@ def _disclaimed(score: Score | None, number: int, version: int) -> bool:
     return any(c.version == version and c.status != "exact" for c in claims)
 
 
+def query_of(
+    sequence: Sequence, version: int | None, positions: npt.NDArray[np.int64], temperature: float
+) -> Query:
+    """Ask about positions as a version sampled them: with the experts that it recorded.
+
+    None: as the present policy is forwarded, with those that any version recorded first.
+    """
+    token_ids = sequence.token_ids.numpy()
+    routing = None
+    for record in sequence.routing:
+        experts = record.experts.numpy().astype(np.int64)
+        if routing is None:
+            routing = np.full((len(token_ids), *experts.shape[1:]), -1, dtype=np.int64)
+        if version is None or record.version == version:
+            own = routing[record.start : record.stop]
+            own[:] = np.where(own < 0, experts, own)  # the first record of a token counts
+    return Query(token_ids, positions, temperature, routing)
+
+
 def _probe(
     ticket_id: str,
     version: int,
@@ -193,7 +212,7 @@ def _probe(
     return Probe(
         ticket_id=ticket_id,
         version=version,
-        query=Query(sequence.token_ids.numpy(), where, temperature),
+        query=query_of(sequence, version, where, temperature),
         old=old,
         sampler=sequence.arrays["sampler_logprobs"].numpy()[where].astype(np.float64),
     )

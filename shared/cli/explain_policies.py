@@ -15,10 +15,9 @@ import torch
 
 from shared.algo.ewma import blend, start_anchor
 from shared.cli.archive import version_path
-from shared.cli.audit_rescoring import Rescoring
+from shared.cli.audit_rescoring import Rescoring, query_of
 from shared.cli.records import RunRecords
 from shared.cli.reference_forward import (
-    Query,
     ReferenceConfig,
     ReferencePolicy,
     StoredTensor,
@@ -105,10 +104,10 @@ class ArchivedPolicies:
             for position in _sampled(sequence, version):
                 drawn_at = self._rescoring.temperature(ticket_id, sequence, position)
                 at[drawn_at if temperature is None else temperature].append(position)
-            ids = sequence.token_ids.numpy()
             for shared, positions in at.items():
                 where = np.array(positions)
-                found[number][where] = policy.logprobs([Query(ids, where, shared)])[0]
+                query = query_of(sequence, version, where, shared)
+                found[number][where] = policy.logprobs([query])[0]
         return found
 
     def _policy(self, version: int) -> ReferencePolicy | None:

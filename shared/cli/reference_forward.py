@@ -1,8 +1,9 @@
 """A float64 forward of the Qwen3 architecture in numpy, for the audit.
 
 It is an independent witness: it reads `config.json` and safetensors files and shares no code with
-the services, `shared/backends` or transformers. Dense Qwen3 only: RMSNorm, per-head q/k norm,
-rotary positions, grouped-query attention, SwiGLU, tied or untied head (arXiv 2505.09388).
+the services, `shared/backends` or transformers. Qwen3 only: RMSNorm, per-head q/k norm, rotary
+positions, grouped-query attention, SwiGLU, dense or as a mixture of experts
+(`reference_experts.py`), tied or untied head (arXiv 2505.09388).
 
 Shapes: B queries of a chunk, L padded length, H hidden size, N heads, K key-value heads,
 G = N / K, D head size, V vocabulary.
@@ -19,6 +20,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from safetensors import deserialize
+
+from shared.cli.reference_experts import ExpertsConfig, mix_experts
 
 F8 = npt.NDArray[np.float64]
 
@@ -81,6 +84,7 @@ class ReferenceConfig:
     rms_norm_eps: float
     rope_theta: float
     tied: bool
+    experts: ExpertsConfig | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ReferenceConfig:
@@ -94,7 +98,7 @@ class ReferenceConfig:
         rope_type = rope.get("rope_type") or scaling.get("rope_type") or "default"
         layer_types = set(cast("list[str]", config.get("layer_types") or []))
         unsupported = {
-            "model_type": config.get("model_type") != "qwen3",
+            "model_type": config.get("model_type") not in ("qwen3", "qwen3_moe"),
             "rope_type": rope_type != "default",
             "hidden_act": config.get("hidden_act", "silu") != "silu",
             "use_sliding_window": bool(config.get("use_sliding_window")),
@@ -102,7 +106,7 @@ class ReferenceConfig:
         }
         if named := [name for name, is_so in unsupported.items() if is_so]:
             raise ValueError(
-                f"the reference forward knows dense Qwen3 with default rotary positions only; "
+                f"the reference forward knows Qwen3 with default rotary positions only; "
                 f"config.json differs in: {', '.join(named)}"
             )
         num_heads = int(config["num_attention_heads"])
@@ -114,6 +118,7 @@ class ReferenceConfig:
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
             tied=bool(config.get("tie_word_embeddings", False)),
+            experts=ExpertsConfig.of(config) if config["model_type"] == "qwen3_moe" else None,
         )
 
     @classmethod
@@ -145,6 +150,8 @@ class Query:
     positions: npt.NDArray[np.integer[Any]]
     """[n], each in 1..T-1; the log-prob of token t is given tokens < t."""
     temperature: float = 1.0
+    routing: npt.NDArray[np.integer[Any]] | None = None
+    """[T, layers with experts, K]: experts to take, -1 (everywhere if None) as the router says."""
 
 
 def rotary_angles(config: ReferenceConfig, length: int) -> npt.NDArray[np.float32]:
@@ -186,7 +193,8 @@ class ReferencePolicy:
             tokens_BL = np.zeros((len(chunk), length), dtype=np.int64)
             for row, i in enumerate(chunk):
                 tokens_BL[row, : needed[i]] = queries[i].token_ids[: needed[i]]
-            hidden_BLH = self._hidden(tokens_BL)
+            routing = self._routing([queries[i] for i in chunk], length)
+            hidden_BLH = self._hidden(tokens_BL, routing)
             for row, i in enumerate(chunk):
                 answers[i] = self._at_positions(hidden_BLH[row], queries[i])
         return answers
@@ -200,7 +208,23 @@ class ReferencePolicy:
         chosen_n = logits_nV[np.arange(len(query.positions)), query.token_ids[query.positions]]
         return chosen_n - np.log(np.exp(logits_nV).sum(axis=-1))
 
-    def _hidden(self, tokens_BL: npt.NDArray[np.int64]) -> F8:
+    def _routing(self, queries: Sequence[Query], length: int) -> npt.NDArray[np.int64]:
+        """Return experts to take [B, L, layers, K] of a chunk, -1 where the router decides."""
+        experts = self._config.experts
+        layers, choices = (len(experts.layers), experts.per_token) if experts else (0, 0)
+        routing = np.full((len(queries), length, layers, choices), -1, dtype=np.int64)
+        for row, query in enumerate(queries):
+            if query.routing is not None:
+                if query.routing.shape[1:] != (layers, choices):
+                    raise ValueError(
+                        f"routing of {query.routing.shape[1]} layers and {query.routing.shape[2]} "
+                        f"choices: the model has {layers} and {choices}"
+                    )
+                known = query.routing[:length]
+                routing[row, : len(known)] = known
+        return routing
+
+    def _hidden(self, tokens_BL: npt.NDArray[np.int64], routing: npt.NDArray[np.int64]) -> F8:
         length = tokens_BL.shape[1]
         angles_LF = rotary_angles(self._config, length).astype(np.float64)
         rotation = (np.cos(angles_LF), np.sin(angles_LF))
@@ -212,10 +236,26 @@ class ReferencePolicy:
             normed = self._rms_norm(x_BLH, f"{prefix}.input_layernorm")
             x_BLH = x_BLH + self._attention(normed, f"{prefix}.self_attn", rotation, mask_LL)
             normed = self._rms_norm(x_BLH, f"{prefix}.post_attention_layernorm")
-            gate = self._linear(normed, f"{prefix}.mlp.gate_proj")
-            up = self._linear(normed, f"{prefix}.mlp.up_proj")
-            x_BLH = x_BLH + self._linear(_silu(gate) * up, f"{prefix}.mlp.down_proj")
+            x_BLH = x_BLH + self._feed_forward(layer, normed, routing)
         return self._rms_norm(x_BLH, "model.norm")
+
+    def _feed_forward(self, layer: int, x_BLH: F8, routing: npt.NDArray[np.int64]) -> F8:
+        prefix, experts = f"model.layers.{layer}.mlp", self._config.experts
+        if experts is None or layer not in experts.layers:
+            return self._swiglu(x_BLH, prefix)
+        recorded = routing[:, :, experts.layers.index(layer)]
+        mixed_NH = mix_experts(
+            experts,
+            x_BLH.reshape(-1, x_BLH.shape[-1]),
+            self._weight(f"{prefix}.gate.weight"),
+            lambda number, x_NH: self._swiglu(x_NH, f"{prefix}.experts.{number}"),
+            recorded.reshape(-1, recorded.shape[-1]),
+        )
+        return mixed_NH.reshape(x_BLH.shape)
+
+    def _swiglu(self, x: F8, prefix: str) -> F8:
+        gate, up = (self._linear(x, f"{prefix}.{name}_proj") for name in ("gate", "up"))
+        return self._linear(_silu(gate) * up, f"{prefix}.down_proj")
 
     def _attention(self, x_BLH: F8, prefix: str, rotation: tuple[F8, F8], mask_LL: F8) -> F8:
         c = self._config
