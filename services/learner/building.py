@@ -47,8 +47,8 @@ def meet_ranks(config: LearnerConfig) -> Ranks:
         raise Fatal(f"{error} (model.rank_timeout_s)") from error
 
 
-def load_backend(config: LearnerConfig, ranks: Ranks) -> Backend:
-    """Build the backend on all ranks and load the model directory.
+def load_backend(config: LearnerConfig, ranks: Ranks, *, trains: bool = True) -> Backend:
+    """Build the backend on all ranks and load the model directory; False: one that only scores.
 
     Raises:
         ConfigError: one line that names what is wrong with the directory.
@@ -57,7 +57,7 @@ def load_backend(config: LearnerConfig, ranks: Ranks) -> Backend:
     optimizer = config.learner.optimizer
     adamw = AdamWSettings(betas=optimizer.betas, weight_decay=optimizer.weight_decay)
     try:
-        return ranks.build(BackendSpec.of(config.model, adamw))
+        return ranks.build(BackendSpec.of(config.model, adamw if trains else None))
     except (ValueError, OSError) as error:
         text = str(error)
         raise ConfigError(text if text.startswith("model.") else f"model.source: {text}") from error

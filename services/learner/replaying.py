@@ -94,12 +94,13 @@ class Replay:
     ) -> bool:
         config = _offline(stretch.config, self._folder)
         context = Context("learner", "replay", f"replay-{number}", bus, Log("replay", "replay"))
-        make_backend = partial(load_backend, config, meet_ranks(config))
-        backend = make_backend()
+        ranks = meet_ranks(config)
+        backend = load_backend(config, ranks)
+        make_scorer = partial(load_backend, config, ranks, trains=False)
         if not number and "manifests" not in self._records:
             await _check_model(bus, config, state_digest(backend))
         positions = Positions(bus)
-        inputs = make_inputs(context, config, backend, positions, make_backend)
+        inputs = make_inputs(context, config, backend, positions, make_scorer)
         journal = JournalLog(bus)
         publisher = make_publisher(
             config.weights, bus, context.log, model_id=config.model.model_id, producer="replay"

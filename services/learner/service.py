@@ -77,11 +77,11 @@ async def serve(context: Context, config: LearnerConfig) -> None:
 
 
 async def _serve_on(context: Context, config: LearnerConfig, ranks: Ranks) -> None:
-    make_backend = partial(load_backend, config, ranks)
-    backend = await asyncio.to_thread(make_backend)
+    backend = await asyncio.to_thread(load_backend, config, ranks)
+    make_scorer = partial(load_backend, config, ranks, trains=False)
     source = load_task_source(config)
     await context.bus.create_streams()
-    shell = _Shell(context, config, backend, source, make_backend)
+    shell = _Shell(context, config, backend, source, make_scorer)
     await shell.run()
 
 

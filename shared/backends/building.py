@@ -60,7 +60,8 @@ class BackendSpec:
     dtype: torch.dtype = torch.float32
     device: Device = "auto"
     layout: Layout = field(default_factory=Layout)
-    adamw: AdamWSettings = field(default_factory=AdamWSettings)
+    adamw: AdamWSettings | None = None
+    """None: it only scores, without the memory of an optimizer."""
     recompute: bool = False
     compile: bool = False
 
@@ -74,7 +75,7 @@ class BackendSpec:
             dtype=cast("torch.dtype", getattr(torch, model.dtype)),
             device=model.device,
             layout=Layout(layout.tp, layout.pp, layout.ep, layout.sp),
-            adamw=adamw or AdamWSettings(),
+            adamw=adamw,
             recompute=model.recompute,
             compile=model.compile,
         )
@@ -122,6 +123,7 @@ def build(spec: BackendSpec, device: torch.device, mesh: DeviceMesh | None = Non
             device=str(device),
             options=LayerOptions(recompute=spec.recompute, compile=spec.compile),
             mesh=mesh,
+            trains=spec.adamw is not None,
         )
     backend.load_hf(spec.source)
     return backend

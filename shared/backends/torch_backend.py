@@ -46,7 +46,8 @@ HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25
 class _Loaded:
     packed: PackedModel
     source: Path
-    optimizer: MasterAdamW
+    optimizer: MasterAdamW | None
+    """None: it only scores."""
     places: dict[str, Place]
 
     @property
@@ -67,13 +68,18 @@ class TorchBackend:
         device: str = "cpu",
         options: LayerOptions | None = None,
         mesh: DeviceMesh | None = None,
+        trains: bool = True,
     ) -> None:
-        """Hold no model yet; with a `mesh` of one dimension, shard over its ranks."""
+        """Hold no model yet; with a `mesh` of one dimension, shard over its ranks.
+
+        One that does not train has no optimizer and no float32 copy of narrower weights.
+        """
         self.dtype = dtype
         self.device = torch.device(device)
         self.settings = optimizer or AdamWSettings()
         self._options = options or LayerOptions()
         self._mesh = mesh
+        self._trains = trains
         self._loaded: _Loaded | None = None
 
     @property
@@ -81,6 +87,12 @@ class TorchBackend:
         if self._loaded is None:
             raise ValueError("TorchBackend holds no model yet: call load_hf first")
         return self._loaded
+
+    @property
+    def _optimizer(self) -> MasterAdamW:
+        if self._at.optimizer is None:
+            raise ValueError("a backend that only scores has no optimizer")
+        return self._at.optimizer
 
     @property
     def num_parameters(self) -> int:
@@ -114,21 +126,31 @@ class TorchBackend:
         loaded = _Loaded(
             packed=packed,
             source=path,
-            optimizer=MasterAdamW(
-                dict(packed.model.named_parameters()),
-                self.settings,
-                parameters_are_masters=self._keeps_masters,
-            ),
+            optimizer=self._make_optimizer(packed) if self._trains else None,
             places=published_places(packed.model),
         )
         if self._mesh is None:
             self._check_head(loaded)
         self._loaded = loaded
 
+    def _make_optimizer(self, packed: PackedModel) -> MasterAdamW:
+        return MasterAdamW(
+            dict(packed.model.named_parameters()),
+            self.settings,
+            parameters_are_masters=self._keeps_masters,
+        )
+
+    @property
+    def _held_dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        if self._mesh is None or not self._trains:
+            return self.dtype
+        return fsdp.master_dtype(self.dtype)
+
     @property
     def _keeps_masters(self) -> bool:
         """Whether the model's parameters are wider than what is published."""
-        return self._mesh is not None and fsdp.master_dtype(self.dtype) != self.dtype
+        return self._held_dtype != self.dtype
 
     def _load_whole(self, path: Path) -> PackedModel:
         packed = PackedModel(load_model(path, dtype=self.dtype, device=self.device))
@@ -137,7 +159,7 @@ class TorchBackend:
 
     def _load_shards(self, path: Path) -> PackedModel:
         assert self._mesh is not None
-        model = load_empty(path, dtype=fsdp.master_dtype(self.dtype))
+        model = load_empty(path, dtype=self._held_dtype)
         files = HfFiles(path)
         files.check(fsdp.published_shapes(model), ignored=ignored_tensors(model, files.names))
         packed = PackedModel(model)
@@ -183,7 +205,8 @@ class TorchBackend:
         with torch.no_grad():
             for name, place in self._at.places.items():
                 write(held[place.owner], place, state[name])
-        self._at.optimizer.reload_masters()
+        if self._at.optimizer is not None:
+            self._at.optimizer.reload_masters()
 
     def score(self, batch: PackedBatch, *, temperature: float) -> torch.Tensor:
         """Return logprobs_T without gradient (see `base.ForwardOutput` for `loss_mask`)."""
@@ -229,14 +252,14 @@ class TorchBackend:
 
         A non-finite norm skips the update.
         """
-        return self._at.optimizer.step(lr, max_grad_norm=max_grad_norm)
+        return self._optimizer.step(lr, max_grad_norm=max_grad_norm)
 
     def snapshot(self) -> TensorSnapshot:
         """Copy weights and optimizer state to the host; every rank takes part, the first keeps it.
 
         What it writes does not depend on the number of ranks.
         """
-        streams = {"weights": self.stream(), "optimizer": self._at.optimizer.stream()}
+        streams = {"weights": self.stream(), "optimizer": self._optimizer.stream()}
         return take(streams, keeps=self.data_rank == 0)
 
     def save(self, path: Path) -> None:
@@ -250,9 +273,9 @@ class TorchBackend:
             ValueError: a file is missing, unreadable, or belongs to another model.
         """
         weights, moments = HfFiles(path, "weights"), HfFiles(path, "optimizer")
-        self._at.optimizer.check_state(moments.shapes)
+        self._optimizer.check_state(moments.shapes)
         self.load_state(dict(weights.tensors()))
-        self._at.optimizer.load_state(moments.tensors())
+        self._optimizer.load_state(moments.tensors())
 
     def _forward(
         self, batch: PackedBatch, temperature: float, *, with_entropy: bool

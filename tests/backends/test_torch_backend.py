@@ -1,3 +1,4 @@
+import gc
 import json
 import threading
 from collections.abc import Callable
@@ -271,6 +272,30 @@ def test_bfloat16_keeps_updates_that_are_below_its_spacing(model_dir: Path, sequ
     name = "model.layers.0.mlp.up_proj.weight"
     moved = (masters[f"master/{name}"] - before[name].float()).abs().mean()
     assert 5e-6 < moved < 5e-5
+
+
+def float32_values() -> int:
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return sum(x.numel() for x in tensors if x.dtype == torch.float32)
+
+
+def test_one_that_only_scores_holds_no_masters_and_gives_the_same_bits(model_dir: Path, sequences):
+    batch, held = pack(sequences), [float32_values()]
+    scorer = TorchBackend(torch.bfloat16, trains=False)
+    scorer.load_hf(model_dir)
+    held.append(float32_values())
+    trained = TorchBackend(torch.bfloat16)
+    trained.load_hf(model_dir)
+    held.append(float32_values())
+    of_scorer, of_trained = np.diff(held)
+    assert of_trained - of_scorer == trained.num_parameters
+    train(trained, batch, steps=2, lr=1e-2)
+    scorer.load_state(clone(trained))
+    assert equal(clone(scorer), clone(trained))
+    assert torch.equal(scorer.score(batch, temperature=1.0), trained.score(batch, temperature=1.0))
+    with pytest.raises(ValueError, match="only scores has no optimizer"):
+        scorer.step(1e-3, max_grad_norm=1.0)
 
 
 def test_a_checkpoint_that_is_missing_or_of_another_model_is_refused(

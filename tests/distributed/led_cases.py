@@ -15,6 +15,7 @@ from services.learner.config import LearnerSection
 from services.learner.items import BatchItems, Item
 from services.learner.trainer import StepOutcome, Trainer
 from shared.algo.shadow import ShadowLosses, ShadowRoute
+from shared.backends.adamw import AdamWSettings
 from shared.backends.building import BackendSpec
 from shared.backends.megatron.layout import Layout
 from shared.backends.ranks import Ranks
@@ -30,6 +31,7 @@ def spec(arguments: dict[str, Any]) -> BackendSpec:
         kind=arguments.get("kind", "torch"),
         device="cpu",
         layout=Layout(**arguments.get("layout", {})),
+        adamw=AdamWSettings(),
     )
 
 

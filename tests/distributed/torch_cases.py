@@ -18,13 +18,14 @@ from shared.backends.layer_options import LayerOptions
 from shared.backends.torch_backend import TorchBackend
 
 
-def open_backend(arguments: dict[str, Any], path: str) -> TorchBackend:
+def open_backend(arguments: dict[str, Any], path: str, *, trains: bool = True) -> TorchBackend:
     size = dist.get_world_size()
     backend = TorchBackend(
         getattr(torch, arguments.get("dtype", "float32")),
         optimizer=AdamWSettings(betas=BETAS, eps=EPS),
         options=LayerOptions(recompute=arguments.get("recompute", False)),
         mesh=init_device_mesh("cpu", (size,)),
+        trains=trains,
     )
     backend.load_hf(Path(path))
     return backend
@@ -42,7 +43,7 @@ def parameters_after_steps(arguments: dict[str, Any]) -> None:
         train(backend, seed, max_tokens=arguments.get("max_tokens", 64))
         after = dict(backend.state())
         write(out, f"after{number}.safetensors", after)
-        oracle = open_backend(arguments, path)
+        oracle = open_backend(arguments, path, trains=False)
         oracle.load_state(after)
         scores = {
             name: side.score(batch, temperature=TEMPERATURE)
