@@ -21,6 +21,7 @@ from torch.nn import functional
 
 ATTENTION_NAME = "lagwise_packed"
 BUCKET_SEQUENCES = 16
+"""Of unequal lengths; equal ones need no padding, and stay together."""
 PAD_SLACK = 0.25
 """A bucket's shortest sequence is at least (1 - slack) of its longest."""
 
@@ -49,7 +50,7 @@ def plan_attention(lengths: Sequence[int], device: torch.device | None = None) -
         bucket = grouped[-1] if grouped else None
         if (
             bucket is None
-            or len(bucket) == BUCKET_SEQUENCES
+            or (len(bucket) >= BUCKET_SEQUENCES and lengths[index] != lengths[bucket[0]])
             or lengths[index] < (1 - PAD_SLACK) * lengths[bucket[0]]
         ):
             grouped.append([index])

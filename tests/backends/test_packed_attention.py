@@ -39,7 +39,16 @@ def test_a_plan_places_every_token_once_and_pads_little(lengths: list[int]):
     assert sum(count * length for count, length in plan.buckets) == plan.pad_P.numel()
     assert sum(count for count, _ in plan.buckets) == len(lengths)
     assert plan.pad_P.numel() * (1 - PAD_SLACK) <= total
-    assert max(count for count, _ in plan.buckets) <= BUCKET_SEQUENCES
+    left = sorted(lengths, reverse=True)
+    for count, _ in plan.buckets:
+        bucket, left = left[:count], left[count:]
+        assert count <= BUCKET_SEQUENCES or len(set(bucket)) == 1
+
+
+def test_equal_lengths_stay_in_one_bucket_and_in_place():
+    plan = plan_attention([9] * 40 + [5] * 3)
+    assert plan.buckets == ((40, 9), (3, 5))
+    assert plan.in_place
 
 
 @pytest.mark.parametrize(
