@@ -35,7 +35,7 @@ class Checkpointing:
         self._every, self._last = section.every_versions, config.learner.versions
         self._parts = parts
         self._on_complete = on_complete
-        self._begun = 0
+        self._begun = self._newest = 0
         self._stall_s = self._write_s = 0.0
 
     @property
@@ -52,7 +52,7 @@ class Checkpointing:
 
     def restored(self, version: int) -> None:
         """Note which one this process began with."""
-        self._begun = version
+        self._begun = self._newest = version
 
     async def step(self, version: int, facts: Callable[[], Facts]) -> None:
         """Begin a checkpoint when one is due; while one is being written the next step asks again.
@@ -89,6 +89,10 @@ class Checkpointing:
         """Return the loop's seconds for the last step's checkpoint, the thread's for its last."""
         return {"checkpoint_s": self._stall_s, "checkpoint_write_s": self._write_s}
 
+    def figures(self) -> dict[str, float]:
+        """Return what is exported beside: the version that a restart would begin at."""
+        return {"checkpoint_version": float(self._newest), **self.scalars()}
+
     def close(self) -> None:
         """Let go of the thread."""
         self._writer.close()
@@ -103,4 +107,5 @@ class Checkpointing:
     def _note(self, written: Written | None) -> None:
         if written is not None:
             self._write_s = written.seconds
+            self._newest = written.checkpoint.version
             self._on_complete(min(self.retained_versions))

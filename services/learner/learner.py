@@ -368,6 +368,7 @@ class Learner:
         self._context.count("trained_trajectories", len(members))
         self._context.count("optimizer_steps", outcome.optimizer_steps)
         self._context.count("versions")
+        self._context.measured |= self._checkpoints.figures()
         return step_report(
             batch,
             members.values(),

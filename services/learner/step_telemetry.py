@@ -66,6 +66,7 @@ def bounds(config: LearnerConfig) -> dict[str, float]:
         "staleness_bound": float(config.admission.max_staleness),
         "groups_per_version": float(config.admission.groups_per_version),
         "target_version": float(config.learner.versions),
+        "checkpoint_every_versions": float(config.learner.checkpoint.every_versions),
         "stream_limit_bytes": float(config.bus.max_stream_bytes),
         "exact_route": float(config.old_logprobs.route in ("oracle", "snapshot_old", "interrupt")),
     }

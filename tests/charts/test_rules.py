@@ -81,6 +81,22 @@ ALERTS: dict[str, tuple[dict[str, str], dict[str, str], float, float]] = {
         28,
         40,
     ),
+    "LagwiseStepsSkipped": (
+        {"lagwise_learner_skipped_steps_total": "0x20 2x200"},
+        {},
+        6,
+        30,
+    ),
+    "LagwiseCheckpointOld": (
+        {
+            "lagwise_learner_policy_version": "30x160 31x40",
+            "lagwise_learner_checkpoint_version": "9x100 30x100",
+            "lagwise_learner_checkpoint_every_versions": "10x200",
+        },
+        {},
+        10,
+        28,
+    ),
     "LagwiseStreamFull": (
         {
             'lagwise_learner_stream_bytes{stream="chunks"}': "90x40 10x40",

@@ -106,7 +106,9 @@ async def test_streams_and_bounds_are_measured_for_alerts_and_autoscalers(
     expected = {
         "staleness_bound": 2.0, "groups_per_version": 2.0, "target_version": float(NUM_VERSIONS),
         "stream_limit_bytes": float(4 * 1024**3), "exact_route": 1.0,
+        "checkpoint_every_versions": float(config.learner.checkpoint.every_versions),
     }  # fmt: skip
     assert bounds(config) == expected
     assert context.measured.items() >= expected.items()
+    assert context.measured["checkpoint_version"] >= 0
     assert bounds(config_for(model_dir, tmp_path, "rollout"))["exact_route"] == 0.0
