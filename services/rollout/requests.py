@@ -226,6 +226,7 @@ class Requests:
 
 
 def _spec(request: SampleRequest) -> SampleSpec:
+    held = request.routing_held
     return SampleSpec(
         request_id=request.request_id,
         token_ids=tuple(request.token_ids.numpy().tolist()),
@@ -233,6 +234,7 @@ def _spec(request: SampleRequest) -> SampleSpec:
         max_new_tokens=request.max_new_tokens,
         seed=request.seed,
         seed_offset=request.seed_offset,
+        routing_held=None if held is None else (held.version, held.stop),
     )
 
 
