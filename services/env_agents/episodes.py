@@ -235,6 +235,7 @@ class Episode:
             seed=turn_seed(self._ticket.seed, self._tokens.num_turns),
             seed_offset=position - self._turn_start,
             expires=self._ticket.deadline,
+            routing_held=self._builder.routing_held(),
         )
         return [Ask(request, pod, delay_s)]
 
@@ -252,6 +253,7 @@ class Episode:
     def _sampled(self, pod: str, body: Partial | Done, sampled: SampledTokens) -> list[Action]:
         left = self._turn_stop - len(self._builder)
         flaw = _flaw(sampled, left, self._ticket.min_version, isinstance(body, Done))
+        flaw = flaw or self._builder.routing_flaw(sampled)
         if flaw:
             return self._ask_again(f"{pod} {flaw}")
         gained = sampled.token_ids.shape[0]

@@ -1,4 +1,4 @@
-"""The growing token sequence of an episode: ids, loss mask, version stamps, log-probs.
+"""The growing token sequence of an episode: ids, loss mask, version stamps, log-probs, routing.
 
 T is the number of tokens so far.
 """
@@ -9,9 +9,10 @@ from collections.abc import Sequence as Ids
 
 import numpy as np
 
+from services.env_agents.routing_records import flaw, held, joined
 from shared.wire.base import Array
-from shared.wire.messages import SampledTokens
-from shared.wire.trajectory import Sequence, Span, Turn
+from shared.wire.messages import RoutingHeld, SampledTokens
+from shared.wire.trajectory import RoutingRecord, Sequence, Span, Turn
 
 
 class SequenceBuilder:
@@ -27,6 +28,7 @@ class SequenceBuilder:
         self._logprobs = np.zeros(capacity, dtype="<f4")
         self._spans: list[Span] = []
         self._mixed_kv: list[Span] = []
+        self._routing: list[RoutingRecord] = []
         self._length = 0
 
     def __len__(self) -> int:
@@ -46,6 +48,14 @@ class SequenceBuilder:
         """Everything so far, i4[T]."""
         return _wire("i4", self._ids[: self._length])
 
+    def routing_held(self) -> RoutingHeld | None:
+        """Return which routing an engine need not send again."""
+        return held(self._routing)
+
+    def routing_flaw(self, sampled: SampledTokens) -> str:
+        """Return what makes the routing of an answer unusable, or nothing."""
+        return flaw(sampled.routing, self._length + sampled.token_ids.shape[0], self._routing)
+
     def ids_from(self, start: int) -> list[int]:
         return self._ids[start : self._length].tolist()
 
@@ -56,7 +66,10 @@ class SequenceBuilder:
         self._length += len(ids)
 
     def append_sampled(self, sampled: SampledTokens) -> None:
-        """Append a (partial) answer with its stamps; the caller has looked at `room`."""
+        """Append a (partial) answer with its stamps.
+
+        The caller has looked at `room` and at `routing_flaw`.
+        """
         count = sampled.token_ids.shape[0]
         assert count <= self.room, "sequence over capacity"
         start, stop = self._length, self._length + count
@@ -67,6 +80,8 @@ class SequenceBuilder:
             _append_merged(self._spans, span, start)
             if sampled.mixed_kv:
                 _append_merged(self._mixed_kv, span, start)
+        # An answer's routing counts from the first token of its prefix: everything so far.
+        self._routing.extend(sampled.routing)
         self._length = stop
 
     def sampled_from(self, start: int) -> SampledTokens:
@@ -91,6 +106,7 @@ class SequenceBuilder:
             arrays={"sampler_logprobs": _wire("f4", self._logprobs[:length])},
             turns=tuple(turns),
             mixed_kv=tuple(self._mixed_kv),
+            routing=joined(self._routing),
             parent=parent,
         )
 

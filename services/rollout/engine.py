@@ -24,6 +24,8 @@ class SampleSpec:
     max_new_tokens: int
     seed: int
     seed_offset: int = 0
+    routing_held: tuple[int, int] | None = None
+    """(version, stop): rows of routing [0, stop) that the caller has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,9 @@ class SampleResult:
     """Tokens, log-probs and exact stamps of one (partial) turn."""
 
     sampled: SampledTokens
-    """Log-probs are f4, or f8 from a float64 engine: the service narrows them for the wire."""
+    """Log-probs are f4, or f8 from a float64 engine: the service narrows them for the wire. With
+    routing where the engine records it: under each version that sampled a token of the turn, of
+    every token before the last one that it sampled, `routing_held` left out."""
     finish: Literal["stop", "length", "interrupted"]
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 @dataclass(frozen=True, slots=True)
 class Qwen3Config:
-    """A dense Qwen3 (arXiv 2505.09388): RMSNorm, q/k norm, RoPE, GQA, SwiGLU."""
+    """A Qwen3 (arXiv 2505.09388), dense or with experts: RMSNorm, q/k norm, RoPE, GQA, SwiGLU."""
 
     vocab_size: int
     hidden_size: int
@@ -25,6 +25,14 @@ class Qwen3Config:
     tied: bool
     """The head is the embedding."""
     max_positions: int
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    """Intermediate size of one expert."""
+    renormalised: bool = False
+    """The weights of a token's experts are divided by their sum."""
+    expert_layers: tuple[int, ...] = ()
+    """Which layers have experts, ascending; the others are dense."""
 
     @property
     def queries_per_kv(self) -> int:
@@ -55,10 +63,10 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "config.json") -> Qwen
     Raises:
         ValueError: another architecture, a missing key, or a feature that is not implemented.
     """
-    if raw.get("model_type") != "qwen3":
+    if raw.get("model_type") not in ("qwen3", "qwen3_moe"):
         raise ValueError(
-            f"{origin}: model_type {raw.get('model_type')!r}: the torch engine computes dense "
-            "'qwen3' models only"
+            f"{origin}: model_type {raw.get('model_type')!r}: the torch engine computes 'qwen3' "
+            "and 'qwen3_moe' models only"
         )
     _refuse_features(raw, origin)
     try:
@@ -76,6 +84,7 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "config.json") -> Qwen
             rope_theta=_rope_theta(raw, origin),
             tied=bool(raw.get("tie_word_embeddings", False)),
             max_positions=int(raw["max_position_embeddings"]),
+            **_experts(raw, origin),
         )
     except KeyError as error:
         raise ValueError(f"{origin}: key {error.args[0]!r} is missing") from error
@@ -89,6 +98,27 @@ def parse_config(raw: Mapping[str, Any], *, origin: str = "config.json") -> Qwen
     return config
 
 
+def _experts(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Return the fields of a mixture of experts, none for a dense model."""
+    # The models' authors write the first name, transformers 5 the second.
+    key = "num_local_experts" if "num_local_experts" in raw else "num_experts"
+    if raw["model_type"] == "qwen3" or not raw[key]:
+        return {}
+    num_experts, chosen = int(raw[key]), int(raw["num_experts_per_tok"])
+    if not 1 <= chosen <= num_experts:
+        raise ValueError(f"{origin}: num_experts_per_tok {chosen} of {num_experts} experts")
+    dense_only = set(cast("list[int]", raw.get("mlp_only_layers") or ()))
+    every = int(raw.get("decoder_sparse_step", 1))
+    layers = range(int(raw["num_hidden_layers"]))
+    return {
+        "num_experts": num_experts,
+        "experts_per_token": chosen,
+        "expert_size": int(raw["moe_intermediate_size"]),
+        "renormalised": bool(raw.get("norm_topk_prob", False)),
+        "expert_layers": tuple(n for n in layers if n not in dense_only and (n + 1) % every == 0),
+    }
+
+
 def _refuse_features(raw: Mapping[str, Any], origin: str) -> None:
     layer_types = set(cast("list[str]", raw.get("layer_types") or ()))
     unknown = {
@@ -96,6 +126,9 @@ def _refuse_features(raw: Mapping[str, Any], origin: str) -> None:
         "attention_bias": bool(raw.get("attention_bias")),
         "use_sliding_window": bool(raw.get("use_sliding_window")),
         "layer_types": bool(layer_types - {"full_attention"}),
+        "shared_expert_intermediate_size": bool(raw.get("shared_expert_intermediate_size")),
+        "n_shared_experts": bool(raw.get("n_shared_experts")),
+        "scoring_func": raw.get("scoring_func", "softmax") != "softmax",
     }
     for key, refused in unknown.items():
         if refused:

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from services.rollout.qwen3_config import Qwen3Config
+from services.rollout.qwen3_experts import mix, route
 from services.rollout.qwen3_weights import DeviceWeights, LayerWeights
+from services.rollout.routing_rows import RoutingRows
 
 Ints = npt.NDArray[np.int64]
 
@@ -69,13 +71,16 @@ class KvCache:
 
 
 class Qwen3Forward:
-    """Computes next-token logits and extends the cache."""
+    """Computes next-token logits and extends the cache, and `routing` where it is given."""
 
-    def __init__(self, weights: DeviceWeights, cache: KvCache) -> None:
+    def __init__(
+        self, weights: DeviceWeights, cache: KvCache, routing: RoutingRows | None = None
+    ) -> None:
         config = weights.config
         self._config = config
         self._weights = weights
         self._cache = cache
+        self._routing = routing
         # float32 angles by this very formula, then the cast: what the model was trained with.
         half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         angles = torch.arange(cache.context).float()[:, None] * (1.0 / config.rope_theta**half)
@@ -118,12 +123,37 @@ class Qwen3Forward:
             )
             x_TH = x_TH + self._attend(index, layer, normed, rotation, cells_TK, attentions)
             normed = F.rms_norm(x_TH, (config.hidden_size,), layer.post_norm_H, config.rms_norm_eps)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
-            x_TH = x_TH + F.linear(F.silu(gate).mul_(up), layer.down)
+            if layer.router_EH is None:
+                gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
+                x_TH = x_TH + F.linear(F.silu(gate).mul_(up), layer.down)
+            else:
+                # Padding goes to no expert: it would have weights read for nothing.
+                slots, places = slots_T[:num_tokens], positions_T[:num_tokens]
+                mixed = self._mix(index, layer, normed[:num_tokens], slots, places)
+                x_TH[:num_tokens] += mixed
         x_XH = x_TH.index_select(0, torch.from_numpy(wanted_X))
         normed = F.rms_norm(x_XH, (config.hidden_size,), weights.final_norm_H, config.rms_norm_eps)
         logits_XV = F.linear(normed, weights.head_VH)[:num_wanted]
         return logits_XV if weights.dtype == torch.float64 else logits_XV.float()
+
+    def _mix(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x_NH: torch.Tensor,
+        slots_N: Ints,
+        positions_N: Ints,
+    ) -> torch.Tensor:
+        """Return what the experts make of N tokens, [N, H]; record which they were."""
+        config = self._config
+        assert layer.router_EH is not None
+        weights_NK, experts_NK = route(
+            x_NH, layer.router_EH, config.experts_per_token, renormalised=config.renormalised
+        )
+        if self._routing is not None:
+            ordinal = config.expert_layers.index(index)
+            self._routing.write(ordinal, slots_N, positions_N, experts_NK.numpy())
+        return mix(x_NH, weights_NK, experts_NK, layer.gate_up, layer.down)
 
     def _attend(
         self,

@@ -22,7 +22,7 @@ FINAL_NORM = "model.norm.weight"
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One block. H hidden, N heads, K key-value heads, D head size, F intermediate."""
+    """One block. H hidden, N heads, K key-value heads, D head size, F intermediate, E experts."""
 
     input_norm_H: torch.Tensor
     qkv: torch.Tensor
@@ -34,8 +34,11 @@ class LayerWeights:
     out: torch.Tensor
     post_norm_H: torch.Tensor
     gate_up: torch.Tensor
-    """[2 F, H]."""
+    """[2 F, H], of a layer with experts [E, 2 F, H]."""
     down: torch.Tensor
+    """[H, F], of a layer with experts [E, H, F]."""
+    router_EH: torch.Tensor | None
+    """None: the layer is dense."""
 
 
 def cast_state(
@@ -59,7 +62,10 @@ class DeviceWeights:
         self.embed_VH = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype)
         self.head_VH = self.embed_VH if config.tied else torch.zeros_like(self.embed_VH)
         self.final_norm_H = torch.zeros(config.hidden_size, dtype=dtype)
-        self.layers = tuple(_empty_layer(config, dtype) for _ in range(config.num_layers))
+        self.layers = tuple(
+            _empty_layer(config, dtype, experts=index in config.expert_layers)
+            for index in range(config.num_layers)
+        )
         self._views: dict[str, torch.Tensor] = {EMBED: self.embed_VH, FINAL_NORM: self.final_norm_H}
         if not config.tied:
             self._views[HEAD] = self.head_VH
@@ -92,9 +98,10 @@ class DeviceWeights:
         return version_digest(specs(self._views))
 
 
-def _empty_layer(config: Qwen3Config, dtype: torch.dtype) -> LayerWeights:
+def _empty_layer(config: Qwen3Config, dtype: torch.dtype, *, experts: bool) -> LayerWeights:
     hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
-    size, inner = config.head_dim, config.intermediate_size
+    size, inner = config.head_dim, config.expert_size if experts else config.intermediate_size
+    stacked = (config.num_experts,) if experts else ()
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=dtype)
@@ -107,16 +114,16 @@ def _empty_layer(config: Qwen3Config, dtype: torch.dtype) -> LayerWeights:
         k_norm_D=zeros(size),
         out=zeros(hidden, heads * size),
         post_norm_H=zeros(hidden),
-        gate_up=zeros(2 * inner, hidden),
-        down=zeros(hidden, inner),
+        gate_up=zeros(*stacked, 2 * inner, hidden),
+        down=zeros(*stacked, hidden, inner),
+        router_EH=zeros(config.num_experts, hidden) if experts else None,
     )
 
 
 def _named_views(config: Qwen3Config, layer: LayerWeights, prefix: str) -> dict[str, torch.Tensor]:
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     q, k, v = layer.qkv.split([q_rows, kv_rows, kv_rows])
-    gate, up = layer.gate_up.chunk(2)
-    return {
+    views = {
         f"{prefix}.input_layernorm.weight": layer.input_norm_H,
         f"{prefix}.self_attn.q_proj.weight": q,
         f"{prefix}.self_attn.k_proj.weight": k,
@@ -125,9 +132,22 @@ def _named_views(config: Qwen3Config, layer: LayerWeights, prefix: str) -> dict[
         f"{prefix}.self_attn.k_norm.weight": layer.k_norm_D,
         f"{prefix}.self_attn.o_proj.weight": layer.out,
         f"{prefix}.post_attention_layernorm.weight": layer.post_norm_H,
-        f"{prefix}.mlp.gate_proj.weight": gate,
-        f"{prefix}.mlp.up_proj.weight": up,
-        f"{prefix}.mlp.down_proj.weight": layer.down,
+    }
+    if layer.router_EH is None:
+        return views | _mlp_views(layer.gate_up, layer.down, f"{prefix}.mlp")
+    views[f"{prefix}.mlp.gate.weight"] = layer.router_EH
+    for expert in range(config.num_experts):
+        name = f"{prefix}.mlp.experts.{expert}"
+        views.update(_mlp_views(layer.gate_up[expert], layer.down[expert], name))
+    return views
+
+
+def _mlp_views(gate_up: torch.Tensor, down: torch.Tensor, prefix: str) -> dict[str, torch.Tensor]:
+    gate, up = gate_up.chunk(2)
+    return {
+        f"{prefix}.gate_proj.weight": gate,
+        f"{prefix}.up_proj.weight": up,
+        f"{prefix}.down_proj.weight": down,
     }
 
 

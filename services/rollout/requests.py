@@ -18,7 +18,7 @@ from services.rollout.engine import EngineDead, SampleResult, SampleSpec
 from services.rollout.engine_host import EngineHost
 from services.rollout.intake import Desk, Ignore, Limits, Serve, judge, pressure
 from shared.runtime.context import Context
-from shared.runtime.errors import BusError
+from shared.runtime.errors import BusError, PayloadTooLarge
 from shared.wire.base import Array
 from shared.wire.codec import encode
 from shared.wire.messages import (
@@ -219,6 +219,12 @@ class Requests:
         message = SampleReply(request_id=request_id, pod=self._context.pod, body=body)
         try:
             await self._context.bus.publish(reply, encode(message))
+        except PayloadTooLarge as error:
+            # Asked again it would be as large: the caller is told, once.
+            self._context.count("replies_too_large")
+            if not isinstance(body, Refused):
+                refused = Refused(reason=f"the answer is too large: {error}")
+                await self._answer(reply, request_id, refused)
         except BusError as error:
             # The caller misses heartbeats and asks again under a new id.
             self._context.count("unsent_replies")
@@ -226,6 +232,7 @@ class Requests:
 
 
 def _spec(request: SampleRequest) -> SampleSpec:
+    held = request.routing_held
     return SampleSpec(
         request_id=request.request_id,
         token_ids=tuple(request.token_ids.numpy().tolist()),
@@ -233,6 +240,7 @@ def _spec(request: SampleRequest) -> SampleSpec:
         max_new_tokens=request.max_new_tokens,
         seed=request.seed,
         seed_offset=request.seed_offset,
+        routing_held=None if held is None else (held.version, held.stop),
     )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from services.rollout.prefix_cache import PrefixCache
+from shared.wire.trajectory import RoutingRecord
 
 Finish = Literal["stop", "length", "interrupted"]
 
@@ -36,6 +37,8 @@ class Row:
     temperature: float
     seed: int
     seed_offset: int
+    routing_held: tuple[int, int] | None = None
+    """(version, stop): routing that the caller has."""
     num_prefix: int = field(init=False)
     forwarded: int = 0
     """Tokens whose keys and values are in the slot, all of the present weights."""
@@ -43,6 +46,8 @@ class Row:
     logprobs: list[float] = field(default_factory=list[float])
     spans: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     """(version, start, stop) over the sampled tokens, tiling them."""
+    routing: list[RoutingRecord] = field(default_factory=list[RoutingRecord])
+    """Taken from the slot so far."""
 
     def __post_init__(self) -> None:
         self.num_prefix = len(self.tokens)
@@ -50,6 +55,19 @@ class Row:
     @property
     def num_sampled(self) -> int:
         return len(self.tokens) - self.num_prefix
+
+    def unrecorded(self, version: int) -> tuple[int, int]:
+        """Return the tokens [start, stop) whose routing under `version` is to be taken now.
+
+        Everything in the slot that the caller lacks, if that version sampled a token of the answer;
+        to be asked before the slot is given up and before other weights overwrite it.
+        """
+        if not self.spans or self.spans[-1][0] != version:
+            return (0, 0)
+        held_version, held = self.routing_held or (-1, 0)
+        # Of an answer that is only now sampled the caller can have nothing.
+        start = min(held, self.num_prefix) if held_version == version else 0
+        return (start, max(start, self.forwarded))
 
     def take(self, token: int, logprob: float, version: int) -> Finish | None:
         """Append a sampled token with its stamp; return why the turn ends, if it does."""
@@ -123,6 +141,11 @@ class Scheduler:
     @property
     def request_ids(self) -> tuple[str, ...]:
         return tuple(self._rows)
+
+    @property
+    def running(self) -> tuple[Row, ...]:
+        """Rows that hold a slot."""
+        return tuple(self._running.values())
 
     def submit(self, row: Row) -> None:
         """Queue a row.

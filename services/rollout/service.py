@@ -100,6 +100,7 @@ def make_engine(config: RolloutConfig) -> Engine:
         max_running=section.max_running,
         kv_slots=section.kv_slots,
         step_tokens=section.step_tokens,
+        record_routing=config.model.routing == "replay",
     )
 
 
@@ -109,7 +110,10 @@ def _make_vllm(config: RolloutConfig) -> Engine:
     section = config.rollout
     try:
         return make_vllm_engine(
-            Path(config.model.source), section, context_tokens=config.sampling.context_tokens
+            Path(config.model.source),
+            section,
+            context_tokens=config.sampling.context_tokens,
+            record_routing=config.model.routing == "replay",
         )
     except ImportError as error:
         raise ValueError(

@@ -20,11 +20,13 @@ import torch
 from services.rollout.engine import EngineDead, EngineLoad, SampleResult, SampleSpec
 from services.rollout.prefix_cache import PrefixCache
 from services.rollout.qwen3_config import read_config
-from services.rollout.qwen3_forward import KvCache, Qwen3Forward, RowGroup, score_sequences
+from services.rollout.qwen3_forward import KvCache, Qwen3Forward, score_sequences
 from services.rollout.qwen3_weights import DeviceWeights, cast_state
 from services.rollout.request_check import check_spec
+from services.rollout.routing_rows import RoutingRows
 from services.rollout.sampling import draw, seed_bits, uniforms
-from services.rollout.scheduler import Finish, Row, Scheduler, Work
+from services.rollout.scheduler import Finish, Row, Scheduler
+from services.rollout.step_layout import laid_out, row_group
 from shared.wire.base import Array
 from shared.wire.messages import SampledTokens
 from shared.wire.trajectory import Span
@@ -37,7 +39,7 @@ turns: with one, a request would wait for three steps before it is seen."""
 
 
 class TorchEngine:
-    """Samples from a dense Qwen3 given as `config.json` and published states.
+    """Samples from a Qwen3, dense or with experts, given as `config.json` and published states.
 
     Args:
         model_dir: Hugging Face directory; only its `config.json` is read.
@@ -46,9 +48,11 @@ class TorchEngine:
         max_running: turns sampled at once.
         kv_slots: running turns plus finished prefixes kept for reuse.
         step_tokens: most tokens forwarded in one step.
+        record_routing: answer with the experts that the router chose.
 
     Raises:
-        ValueError: the model cannot be computed, or its positions are fewer than the context.
+        ValueError: the model cannot be computed, its positions are fewer than the context, or it
+            has no experts whose routing could be recorded.
     """
 
     def __init__(
@@ -60,8 +64,13 @@ class TorchEngine:
         max_running: int = 128,
         kv_slots: int = 256,
         step_tokens: int = 1024,
+        record_routing: bool = False,
     ) -> None:
         config = read_config(model_dir)
+        if record_routing and not config.expert_layers:
+            raise ValueError(
+                f"model.routing: replay: {model_dir} has no experts; take model.routing: recompute"
+            )
         if context_tokens > config.max_positions:
             raise ValueError(
                 f"context_tokens {context_tokens} exceeds the model's {config.max_positions} "
@@ -72,7 +81,8 @@ class TorchEngine:
         self._vocab_size = config.vocab_size
         self._weights = DeviceWeights(config, self.dtype)
         cache = KvCache(config, kv_slots, context_tokens, self.dtype)
-        self._forward = Qwen3Forward(self._weights, cache)
+        self._routing = RoutingRows(config, kv_slots, context_tokens) if record_routing else None
+        self._forward = Qwen3Forward(self._weights, cache, self._routing)
         self._scheduler = Scheduler(
             PrefixCache(kv_slots), max_running=max_running, step_tokens=step_tokens
         )
@@ -120,6 +130,8 @@ class TorchEngine:
         started = time.perf_counter()
         cast = cast_state(state, names, self.dtype)
         # Nothing below awaits: the swap is one event, between two steps.
+        for row in self._scheduler.running:
+            self._take_routing(row)
         self._version = -1
         try:
             self._weights.write(cast)
@@ -179,6 +191,7 @@ class TorchEngine:
             temperature=spec.sampling.temperature,
             seed=seed_bits(spec.seed),
             seed_offset=spec.seed_offset,
+            routing_held=spec.routing_held,
         )
 
     async def _run(self) -> None:
@@ -200,10 +213,10 @@ class TorchEngine:
     def _step(self) -> None:
         groups = self._scheduler.plan()
         works = [work for group in groups for work in group]
-        wanted, ids, num_tokens = _laid_out(works)
+        wanted, ids, num_tokens = laid_out(works)
         logits = self._forward(
             np.array(ids, dtype=np.int64),
-            [_row_group(group) for group in groups],
+            [row_group(group) for group in groups],
             np.array(wanted, dtype=np.int64),
         )
         for work in works:
@@ -231,10 +244,19 @@ class TorchEngine:
                 self._finish(row, finish)
 
     def _finish(self, row: Row, finish: Finish) -> None:
+        self._take_routing(row)
         self._scheduler.finish(row)
         future = self._results.pop(row.request_id)
         if not future.done():
             future.set_result(SampleResult(_sampled(row, self.dtype), finish))
+
+    def _take_routing(self, row: Row) -> None:
+        """Copy the routing under the present version out of the row's slot."""
+        if self._routing is None:
+            return
+        start, stop = row.unrecorded(self._version)
+        if start < stop:
+            row.routing.append(self._routing.record(row.slot, start, stop, self._version))
 
     def _forget_keys_and_values(self) -> None:
         """Make no token of the new version depend on keys and values of an older one."""
@@ -256,31 +278,10 @@ class TorchEngine:
         self._work.set()
 
 
-def _laid_out(works: list[Work]) -> tuple[list[int], list[int], int]:
-    """Return (packed indices of the tokens to continue, packed token ids, their number)."""
-    wanted: list[int] = []
-    ids: list[int] = []
-    for work in works:
-        if work.count == 1:
-            ids.append(work.row.tokens[work.start])
-        else:
-            ids.extend(work.row.tokens[work.start : work.start + work.count])
-        if work.samples:
-            wanted.append(len(ids) - 1)
-    return wanted, ids, len(ids)
-
-
-def _row_group(works: list[Work]) -> RowGroup:
-    return RowGroup(
-        slots_R=np.array([work.row.slot for work in works], dtype=np.int64),
-        starts_R=np.array([work.start for work in works], dtype=np.int64),
-        counts_R=np.array([work.count for work in works], dtype=np.int64),
-    )
-
-
 def _sampled(row: Row, dtype: torch.dtype) -> SampledTokens:
     return SampledTokens(
         token_ids=Array.of(row.tokens[row.num_prefix :], "i4"),
         logprobs=Array.of(row.logprobs, "f8" if dtype == torch.float64 else "f4"),
         spans=tuple(Span(version=v, start=a, stop=b) for v, a, b in row.spans),
+        routing=tuple(row.routing),
     )

@@ -218,13 +218,15 @@ class VllmServer:
 
 
 def make_vllm_engine(
-    model_dir: Path, section: RolloutSection, *, context_tokens: int
+    model_dir: Path, section: RolloutSection, *, context_tokens: int, record_routing: bool = False
 ) -> VllmEngine:
     """Build the configured engine.
 
     Raises:
         ValueError: a model that the engine cannot hold or compute, named.
     """
+    if record_routing:
+        raise ValueError("model.routing: replay: rollout.engine vllm does not record routing")
     assert section.dtype != "float64"  # refused by the configuration
     server = VllmServer(
         ServerOptions(

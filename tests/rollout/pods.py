@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,22 @@ def make_config(model_dir: Path, **rollout: object) -> RolloutConfig:
 class World:
     """One memory server with a learner publishing on it and a caller asking for tokens."""
 
-    def __init__(self, model_dir: Path, *, per_token: float | None = None) -> None:
-        """Publish for `model_dir`; with `per_token`, the canary of version v is v times that."""
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        per_token: float | None = None,
+        reference: Callable[[State, list[int]], Sequence[float]] | None = None,
+    ) -> None:
+        """Publish for `model_dir`.
+
+        Args:
+            model_dir: the model.
+            per_token: the canary of version v is v times that.
+            reference: log-probs of token ids, of a model that is not the dense one.
+        """
         self.model_dir = model_dir
+        self._reference = reference
         self._per_token = per_token
         self._num_published = 0
         self.server = MemoryServer()
@@ -86,6 +99,8 @@ class World:
         tied = "lm_head.weight" not in scored
 
         def score(ids: list[np.ndarray]) -> list[np.ndarray]:
+            if self._reference is not None:
+                return [np.array(self._reference(scored, i.tolist())) for i in ids]
             if self._per_token is None:
                 return [np.array(reference_logprobs(scored, i.tolist(), tied=tied)) for i in ids]
             each = self._per_token * self._num_published

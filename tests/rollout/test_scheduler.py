@@ -137,3 +137,31 @@ def test_a_request_id_is_sampled_once_at_a_time() -> None:
 def test_more_running_rows_than_slots_are_refused() -> None:
     with pytest.raises(ValueError, match="5 running rows"):
         make_scheduler(slots=4, running=5)
+
+
+@pytest.mark.parametrize(
+    ("held", "sampled_under", "asked_of", "expected"),
+    [
+        (None, [0, 0], 0, (0, 11)),
+        ((0, 6), [0, 0], 0, (6, 11)),
+        ((0, 90), [0, 0], 0, (10, 11)),
+        ((1, 6), [0, 0], 0, (0, 11)),
+        ((0, 6), [0, 1], 1, (0, 11)),
+        ((0, 6), [0, 1], 0, (0, 0)),
+        ((0, 6), [], 0, (0, 0)),
+    ],
+    ids=["all", "held", "held beyond", "of another", "newer", "not the last", "nothing sampled"],
+)
+def test_the_routing_to_be_taken_is_what_the_last_version_forwarded_and_the_caller_lacks(
+    held: tuple[int, int] | None,
+    sampled_under: list[int],
+    asked_of: int,
+    expected: tuple[int, int],
+) -> None:
+    row = make_row("a", 10)
+    row.routing_held = held
+    row.forwarded = 9
+    for version in sampled_under:
+        row.forwarded = len(row.tokens)
+        row.take(5, -1.0, version)
+    assert row.unrecorded(asked_of) == expected

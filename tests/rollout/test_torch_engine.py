@@ -139,7 +139,7 @@ def test_the_engine_needs_neither_transformers_nor_the_training_backends() -> No
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe'"),
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),

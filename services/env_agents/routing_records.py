@@ -1,0 +1,55 @@
+"""The routing of one sequence as its answers brought it: what is held, joined, and refused.
+
+Positions count from the start of the sequence. Nothing here reads the experts themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shared.wire.base import Array
+from shared.wire.messages import RoutingHeld
+from shared.wire.trajectory import RoutingRecord
+
+
+def held(records: Sequence[RoutingRecord]) -> RoutingHeld | None:
+    """Return the newest version recorded, and up to which token without a gap from the first."""
+    newest = max((record.version for record in records), default=-1)
+    stop = 0
+    for record in sorted((r for r in records if r.version == newest), key=lambda r: r.start):
+        if record.start <= stop:
+            stop = max(stop, record.stop)
+    return RoutingHeld(version=newest, stop=stop) if stop else None
+
+
+def joined(records: Sequence[RoutingRecord]) -> tuple[RoutingRecord, ...]:
+    """Return the same records in the same order; those that continue one another are one."""
+    runs: list[list[RoutingRecord]] = []
+    for record in records:
+        if runs and _continues(record, runs[-1][-1]):
+            runs[-1].append(record)
+        else:
+            runs.append([record])
+    return tuple(run[0] if len(run) == 1 else _one(run) for run in runs)
+
+
+def flaw(new: Sequence[RoutingRecord], num_tokens: int, known: Sequence[RoutingRecord]) -> str:
+    """Return why records cannot be of a sequence of `num_tokens` that has the `known` ones."""
+    for record in new:
+        if record.stop > num_tokens:
+            return f"answered with routing up to token {record.stop} of {num_tokens}"
+        if known and record.experts.shape[1:] != known[0].experts.shape[1:]:
+            return "answered with routing of another model than before"
+    return ""
+
+
+def _continues(record: RoutingRecord, last: RoutingRecord) -> bool:
+    same = record.version == last.version and record.experts.dtype == last.experts.dtype
+    return same and record.start == last.stop
+
+
+def _one(run: list[RoutingRecord]) -> RoutingRecord:
+    start, stop, first = run[0].start, run[-1].stop, run[0].experts
+    shape = (stop - start, *first.shape[1:])
+    experts = Array(dtype=first.dtype, shape=shape, data=b"".join(r.experts.data for r in run))
+    return RoutingRecord(version=run[0].version, start=start, stop=stop, experts=experts)
