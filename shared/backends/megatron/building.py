@@ -11,6 +11,7 @@ import torch.distributed as dist
 from shared.backends.megatron import core, cpu
 from shared.backends.megatron.layers import RMSNorm, hidden_states_only, local_layer
 from shared.backends.megatron.layout import Layout, Shape
+from shared.backends.megatron.replay import replay_routing
 
 SEED = 1
 """Of generators that megatron-core insists on; nothing draws from them, there is no dropout."""
@@ -159,6 +160,8 @@ def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
         )
     hidden_states_only(model)
     _mark_shared_out(model)
+    if shape.num_experts:
+        replay_routing(model)
     if cpu.HAVE_CUDA:
         model.cuda()
     cpu.name_types(list(model.parameters()))

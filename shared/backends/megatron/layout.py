@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shared.backends.expert_layers import ExpertLayers
+
 ARCHITECTURES = ("qwen3", "qwen3_moe", "llama")
 VOCAB_MULTIPLE = 8
 """Rows of the vocabulary per tensor-parallel rank are a multiple of it; the rest is padding."""
@@ -123,6 +125,13 @@ class Shape:
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised per head."""
         return self.kind != "llama"
+
+    @property
+    def expert_layers(self) -> ExpertLayers | None:
+        """Its routers; every layer has one, or none has."""
+        if not self.num_experts:
+            return None
+        return ExpertLayers(self.num_layers, self.experts_per_token, self.num_experts)
 
     def padded_vocab(self, tp: int) -> int:
         """Return the rows of embedding and head in memory, over all ranks."""
