@@ -12,12 +12,14 @@ from shared.algo.batching import PackedBatch, pack
 from shared.backends.expert_layers import ExpertLayers
 from shared.backends.layer_options import LayerOptions
 from shared.backends.routing import NOT_RECORDED, ROUTING
+from shared.backends.routing_replay import ROWS, RoutingReplay
 from shared.backends.torch_backend import TorchBackend
 from tests.distributed.models import (
     EXPERTS,
     PER_TOKEN,
     VOCAB,
     ExpertByExpert,
+    random_experts,
     write_model,
 )
 
@@ -48,13 +50,9 @@ def ids() -> list[np.ndarray]:
 
 
 def at_random(seed: int = 0, lengths=LENGTHS) -> list[np.ndarray]:
-    """Experts that the router did not choose, but for chance; order and all."""
+    """Recorded experts of a pack's sequences."""
     rng = np.random.default_rng(seed)
-    every = np.arange(EXPERTS, dtype=np.int16)
-    return [
-        rng.permuted(np.tile(every, (n, LAYERS, 1)), axis=-1)[..., :PER_TOKEN].copy()
-        for n in lengths
-    ]
+    return [random_experts(rng, n, LAYERS) for n in lengths]
 
 
 def own_choice(backend: TorchBackend, ids: list[np.ndarray]) -> list[np.ndarray]:
@@ -227,6 +225,69 @@ def test_rows_that_no_router_of_the_model_chose_are_refused(
 def test_rows_for_a_model_without_experts_are_refused(backend32: TorchBackend, ids):
     with pytest.raises(ValueError, match="has no experts"):
         backend32.score(packed(ids, at_random()), temperature=1.0)
+
+
+def config(kind: str):
+    import transformers
+
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": PER_TOKEN,
+    }
+    if kind == "Mixtral":
+        return transformers.MixtralConfig(**sizes, num_local_experts=EXPERTS)
+    kinds = {"Qwen2Moe": {"shared_expert_intermediate_size": 24}, "Qwen3Moe": {}, "Olmoe": {}}
+    cls = getattr(transformers, kind + "Config")
+    return cls(**sizes, **kinds[kind], num_experts=EXPERTS, norm_topk_prob=False)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Moe", "Qwen3Moe", "Olmoe", "Mixtral"])
+def test_routers_of_one_formula_are_known_whatever_they_are_called(kind: str):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config(kind))
+    assert RoutingReplay(model).has == ExpertLayers(LAYERS, PER_TOKEN, EXPERTS)
+
+
+def test_only_layers_with_experts_are_counted():
+    from transformers import AutoModelForCausalLM
+
+    mixed = config("Qwen3Moe")
+    mixed.mlp_only_layers = [1]
+    model = AutoModelForCausalLM.from_config(mixed)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    replay = RoutingReplay(model)
+    assert replay.has == ExpertLayers(LAYERS - 1, PER_TOKEN, EXPERTS)
+    taken: list[torch.Tensor] = []
+    for number in (0, 2):
+        experts = model.model.layers[number].mlp.experts
+        experts.register_forward_pre_hook(lambda _, args: taken.append(args[1]))
+    rows_TLK = torch.as_tensor(random_experts(np.random.default_rng(0), 7, LAYERS - 1))
+    model(input_ids=torch.arange(7)[None], use_cache=False, **{ROWS: rows_TLK})
+    assert torch.equal(torch.stack(taken, dim=1), rows_TLK.long())
+
+
+def test_routers_of_another_formula_are_refused_only_where_rows_are_given(
+    path: Path, ids, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    def sigmoid(self, hidden):
+        scores, chosen = (hidden.reshape(-1, 32) @ self.weight.T).sigmoid().topk(PER_TOKEN)
+        return None, scores, chosen
+
+    monkeypatch.setattr(Qwen3MoeTopKRouter, "forward", sigmoid)
+    backend = opened(path)
+    assert backend.score(pack(ids), temperature=1.0).isfinite().all()
+    with pytest.raises(ValueError, match="Qwen3MoeTopKRouter cannot replay recorded experts"):
+        backend.score(packed(ids, at_random()), temperature=1.0)
 
 
 def test_compiled_layers_refuse_rows(path: Path, ids):

@@ -72,13 +72,18 @@ def step_sequences(seed: int, step: int) -> tuple[list[np.ndarray], list[np.ndar
     return ids, masks
 
 
+def random_experts(rng: np.random.Generator, num_tokens: int, layers: int) -> np.ndarray:
+    """Return distinct experts [T, layers, PER_TOKEN] that no router chose, but for chance."""
+    every = np.tile(np.arange(EXPERTS, dtype=np.int16), (num_tokens, layers, 1))
+    return rng.permuted(every, axis=-1)[..., :PER_TOKEN].copy()
+
+
 def step_routing(seed: int, step: int, layers: int = 2) -> list[np.ndarray]:
     """Return experts [T, layers, PER_TOKEN] of each sequence: at random, a tenth left out."""
     rng = np.random.default_rng([seed, step, 1])
     routing: list[np.ndarray] = []
     for ids in step_sequences(seed, step)[0]:
-        every = np.tile(np.arange(EXPERTS, dtype=np.int16), (len(ids), layers, 1))
-        rows_TLK = rng.permuted(every, axis=-1)[..., :PER_TOKEN].copy()
+        rows_TLK = random_experts(rng, len(ids), layers)
         rows_TLK[rng.random(len(ids)) < 0.1] = NOT_RECORDED
         routing.append(rows_TLK)
     return routing
@@ -109,15 +114,22 @@ def num_loss_tokens(seed: int, step: int) -> int:
 
 
 def plain_logprobs(path: Path, batch: PackedBatch) -> torch.Tensor:
-    """Return logprobs_T of the plain Hugging Face model, one unpadded sequence at a time."""
+    """Return logprobs_T of the plain Hugging Face model, one unpadded sequence at a time.
+
+    Recorded experts that the batch carries are taken, one after the other.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="sdpa"
     )
     rows: list[torch.Tensor] = []
+    routing_TLK = batch.per_token.get(ROUTING)
+    experts = None if routing_TLK is None else ExpertByExpert(model)
     with torch.no_grad():
-        for ids_T in batch.split(batch.token_ids_T):
+        for number, ids_T in enumerate(batch.split(batch.token_ids_T)):
+            if experts is not None:
+                experts.rows_TLK = batch.split(routing_TLK)[number].numpy()
             logp = torch.log_softmax(model(input_ids=ids_T[None]).logits[0] / TEMPERATURE, -1)
             rows += [logp.new_zeros(1), logp[:-1].gather(1, ids_T[1:, None])[:, 0]]
     return torch.cat(rows)
