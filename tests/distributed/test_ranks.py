@@ -117,6 +117,7 @@ def test_a_led_learner_trains_reports_and_resumes_as_one_process_does(
     [
         pytest.param("torch", {}, id="fsdp2"),
         pytest.param("megatron", {"ep": 2}, id="ep2", marks=megatron),
+        pytest.param("megatron", {"tp": 2, "sp": True, "ep": 2}, id="tp2-ep2", marks=megatron),
     ],
 )
 def test_a_led_learner_replays_recorded_experts_as_one_process_does(
@@ -124,7 +125,7 @@ def test_a_led_learner_replays_recorded_experts_as_one_process_does(
 ):
     path = write_model(tmp_path / "m", "qwen3_moe", 3)
     out = _lived(run_ranks, path, kind, 2, layout, routed=2)
-    _check(out, path, 2, routed=2)
+    _check(out, path, 2 // layout.get("tp", 1), routed=2)
     scores = load_file(out / "scores.safetensors")
     assert torch.equal(scores["trained"], scores["scorer"])
     plain = TorchBackend()

@@ -17,6 +17,7 @@ CASES = {
     "fsdp2_recomputed": ("torch_cases", 2, {"recompute": True}),
     "one": ("megatron_cases", 1, {"layout": {}}),
     "ep2": ("megatron_cases", 2, {"layout": {"ep": 2}}),
+    "tp2_sp": ("megatron_cases", 2, {"layout": {"tp": 2, "sp": True}}),
     "pp2_recomputed": ("megatron_cases", 2, {"layout": {"pp": 2}, "recompute": True}),
 }
 LAYERS, SEEDS = 4, (0, 1, 2)

@@ -161,6 +161,7 @@ def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
     hidden_states_only(model)
     _mark_shared_out(model)
     if shape.num_experts:
+        _mark_experts(model)
         replay_routing(model)
     if cpu.HAVE_CUDA:
         model.cuda()
@@ -177,6 +178,23 @@ def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
     )
     wrapped.train()
     return wrapped
+
+
+def _mark_experts(model: Any) -> None:
+    """Mark experts' parameters as the expert ranks', whatever the size of their groups.
+
+    megatron-core marks them so where ep is above 1. With ep 1 it would sum their gradients over the
+    data-parallel ranks alone, while the tensor-parallel ranks, of which each has whole experts and
+    its own run of tokens, went apart. The second mark is that of `_mark_shared_out`: each of these
+    ranks steps a part of its own.
+    """
+    for layer in model.decoder.layers:
+        for parameter in layer.mlp.experts.parameters():
+            for name in ("allreduce", "tensor_model_parallel"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
+            setattr(parameter, "allreduce", False)  # noqa: B010
+            setattr(parameter, "tensor_model_parallel", True)  # noqa: B010
 
 
 def _mark_shared_out(model: Any) -> None:

@@ -165,8 +165,6 @@ class Shape:
             )
         if layout.sp and layout.tp == 1:
             raise ValueError("layout: sp needs tp above 1")
-        if self.num_experts and layout.tp > 1:
-            # measured: with the experts whole on each rank the parameters come out wrong
-            raise ValueError(
-                f"layout: experts with tp {layout.tp} are not supported, use ep and pp"
-            )
+        if self.num_experts and layout.tp > 1 and not layout.sp:
+            # megatron-core does not train it: every rank would compute all tokens' experts
+            raise ValueError(f"layout: experts with tp {layout.tp} need sp: set it to true")
