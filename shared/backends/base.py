@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from shared.algo.batching import PackedBatch
+from shared.backends.expert_layers import ExpertLayers
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ class Backend(Protocol):
     @property
     def vocab_size(self) -> int:
         """Token ids are below it."""
+        ...
+
+    @property
+    def expert_layers(self) -> ExpertLayers | None:
+        """What rows a batch may carry as `routing.ROUTING`; None where the model has no experts.
+
+        A forward of such a batch takes the given experts; other rows are a ValueError.
+
+        Raises:
+            ValueError: the model has experts and cannot replay a record of them.
+        """
         ...
 
     @property

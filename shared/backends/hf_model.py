@@ -40,6 +40,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: torch.device) -> Any:
     hf_logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
+        _choose_experts(config, dtype)
         with _BUILDING:
             loaded = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -84,6 +85,7 @@ def load_empty(path: Path, *, dtype: torch.dtype) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
+        _choose_experts(config, dtype)
         with _BUILDING, _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION_NAME
@@ -93,6 +95,12 @@ def load_empty(path: Path, *, dtype: torch.dtype) -> Any:
     _check_attention(model, path)
     model.tie_weights()
     return cast("Any", model.eval())
+
+
+def _choose_experts(config: Any, dtype: torch.dtype) -> None:
+    """Take transformers' loop over experts where its grouped product does not know the dtype."""
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"
 
 
 @contextmanager

@@ -10,9 +10,11 @@ import torch
 
 from shared.algo.batching import PackedBatch, hollow
 from shared.backends.base import Backend, LossFn, Snapshot
+from shared.backends.expert_layers import ExpertLayers, check_routing
 from shared.backends.hf_files import describe
 from shared.backends.rank_commands import Collects, Command, Part, joined, noted, share_of
 from shared.backends.rank_scoring import part_of, scored_by, whole
+from shared.backends.routing import ROUTING
 
 if TYPE_CHECKING:
     from shared.backends.ranks import Leader
@@ -37,6 +39,11 @@ class LedBackend:
     def vocab_size(self) -> int:
         """Token ids are below it."""
         return self._local.vocab_size
+
+    @property
+    def expert_layers(self) -> ExpertLayers | None:
+        """What recorded experts the model can replay."""
+        return self._local.expert_layers
 
     @property
     def data_rank(self) -> int:
@@ -76,6 +83,7 @@ class LedBackend:
 
     def score(self, batch: PackedBatch, *, temperature: float) -> torch.Tensor:
         """Return logprobs_T on the CPU; every data-parallel share forwards its sequences."""
+        self._check_routing(batch)
         shares, share = self.data_ranks, self.data_rank
         mine = part_of(batch, scored_by(batch.lengths, share, shares))
         own, answers = self._leader.perform(
@@ -106,6 +114,8 @@ class LedBackend:
         Raises:
             ValueError: the micro-batches are no multiple of the data-parallel ranks.
         """
+        for batch in batches:
+            self._check_routing(batch)
         shares, share = self.data_ranks, self.data_rank
         mine, before = share_of(batches, share, shares), len(noted(loss_fn))
         loss, answers = self._leader.perform(
@@ -146,6 +156,11 @@ class LedBackend:
     def load(self, path: Path) -> None:
         """Restore what `save` wrote, from a folder that every rank can read."""
         self._leader.perform(self._command("load", path), lambda: self._local.load(path))
+
+    def _check_routing(self, batch: PackedBatch) -> None:
+        """Refuse rows before any rank begins: one with sound ones would wait for the others."""
+        if ROUTING in batch.per_token:
+            check_routing(batch, self._local.expert_layers)
 
     def _command(self, method: str, *args: object, **kwargs: object) -> Command:
         return Command(self._number, method, args, kwargs)

@@ -3,7 +3,8 @@
 A module of its own because sharding (`fsdp.py`) gathers the parameters of what it calls: head,
 embedding and norm are used inside this forward, where they are whole.
 
-Shapes: T tokens of a packed batch, N of them whose log-prob is wanted, D hidden size.
+Shapes: T tokens of a packed batch, N of them whose log-prob is wanted, D hidden size, L layers with
+experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from shared.algo.logprobs import token_logprobs
 from shared.backends.base import ForwardOutput
 from shared.backends.last_mlp import LastMlpRows
 from shared.backends.packed_attention import plan_attention, take_rows
+from shared.backends.routing_replay import ROWS, RoutingReplay
 
 
 class PackedModel(torch.nn.Module):
@@ -26,6 +28,7 @@ class PackedModel(torch.nn.Module):
         super().__init__()
         self.model = model
         self.last_mlp = LastMlpRows(model)
+        self.routing = RoutingReplay(model)
         self.num_vocab = int(model.get_output_embeddings().weight.shape[0])
 
     def forward(
@@ -36,9 +39,13 @@ class PackedModel(torch.nn.Module):
         rows_N: torch.Tensor,
         temperature: float,
         with_entropy: bool,
+        routing_TLK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return logprobs_N and entropy_N of the tokens at `rows_N` (none of them a first one)."""
-        hidden_TD = self.hidden(token_ids_T, positions_T, lengths, rows_N - 1)
+        """Return logprobs_N and entropy_N of the tokens at `rows_N` (none of them a first one).
+
+        `routing_TLK` are experts to take (see `routing.ROUTING`), checked by the caller.
+        """
+        hidden_TD = self.hidden(token_ids_T, positions_T, lengths, rows_N - 1, routing_TLK)
         head = self.model.get_output_embeddings()
         return token_logprobs(
             take_rows(hidden_TD, rows_N - 1),
@@ -55,14 +62,17 @@ class PackedModel(torch.nn.Module):
         positions_T: torch.Tensor,
         lengths: tuple[int, ...],
         rows_N: torch.Tensor,
+        routing_TLK: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return final hidden states [T, D], of which only the rows `rows_N` are meaningful."""
+        replayed = {} if routing_TLK is None else {ROWS: routing_TLK}
         with self.last_mlp.only(rows_N):
             return self.model.base_model(
                 input_ids=token_ids_T[None],
                 position_ids=positions_T[None],
                 use_cache=False,
                 attention_plan=plan_attention(lengths, token_ids_T.device),
+                **replayed,
             ).last_hidden_state[0]
 
 

@@ -25,6 +25,7 @@ from shared.algo.batching import PackedBatch
 from shared.backends import fsdp
 from shared.backends.adamw import AdamWSettings, MasterAdamW
 from shared.backends.base import ForwardOutput, LossFn
+from shared.backends.expert_layers import ExpertLayers, check_routing
 from shared.backends.hf_files import HfFiles, check_given, write_hf
 from shared.backends.hf_model import ignored_tensors, load_empty, load_model, widen_norms
 from shared.backends.hf_names import Place, owners, published_places, stream, write
@@ -37,6 +38,7 @@ from shared.backends.packed_model import (
     spread,
     wanted_rows,
 )
+from shared.backends.routing import ROUTING
 from shared.backends.snapshot import TensorSnapshot, take
 
 HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25}
@@ -104,6 +106,18 @@ class TorchBackend:
     def vocab_size(self) -> int:
         """Token ids are below it."""
         return self._at.packed.num_vocab
+
+    @property
+    def expert_layers(self) -> ExpertLayers | None:
+        """What recorded experts the model can replay, None where it has none.
+
+        Raises:
+            ValueError: routers that cannot replay, or layers that are compiled; one line.
+        """
+        has = self._at.packed.routing.has
+        if has is not None and self._options.compile:
+            raise ValueError("model.compile: compiled layers do not replay routing; set it false")
+        return has
 
     @property
     def data_rank(self) -> int:
@@ -281,9 +295,18 @@ class TorchBackend:
         self, batch: PackedBatch, temperature: float, *, with_entropy: bool
     ) -> ForwardOutput:
         check_token_ids(batch, self.vocab_size)
+        routing_TLK = batch.per_token.get(ROUTING)
+        if routing_TLK is not None:
+            check_routing(batch, self.expert_layers)
         rows_N = wanted_rows(batch)
         logprobs_N, entropy_N = self._at.packed(
-            batch.token_ids_T, batch.positions_T, batch.lengths, rows_N, temperature, with_entropy
+            batch.token_ids_T,
+            batch.positions_T,
+            batch.lengths,
+            rows_N,
+            temperature,
+            with_entropy,
+            routing_TLK,
         )
         return spread(batch, rows_N, logprobs_N, entropy_N)
 

@@ -78,12 +78,16 @@ def test_padded_rows_are_zero_behind_the_last_real_one():
         (Layout(ep=2), CONFIG, "has no experts"),
         (Layout(tp=4), {**CONFIG, "vocab_size": 20}, "vocab_size 20"),
         (Layout(sp=True), CONFIG, "sp needs tp"),
-        (Layout(tp=2, sp=True), MOE, "experts with tp 2"),
+        (Layout(tp=2), MOE, "experts with tp 2 need sp"),
     ],
 )
 def test_a_layout_that_does_not_divide_the_model_is_refused(layout, config, names: str):
     with pytest.raises(ValueError, match=names):
         Shape.of(config).check(layout)
+
+
+def test_experts_are_laid_out_over_tensor_and_sequence_parallel_ranks():
+    Shape.of(MOE).check(Layout(tp=2, sp=True, ep=2))
 
 
 @pytest.mark.parametrize(

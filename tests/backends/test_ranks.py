@@ -15,6 +15,7 @@ import torch
 from shared.algo.batching import PackedBatch, hollow, pack, share
 from shared.backends.base import Backend
 from shared.backends.building import BackendSpec, build, device_of
+from shared.backends.expert_layers import ExpertLayers
 from shared.backends.hf_files import check_given
 from shared.backends.led_backend import LedBackend
 from shared.backends.rank_codec import ArrivingState, dumps, loads
@@ -24,6 +25,7 @@ from shared.backends.rank_follower import Follower
 from shared.backends.rank_lines import FollowerLine, LeaderLines
 from shared.backends.rank_world import World
 from shared.backends.ranks import Leader
+from shared.backends.routing import ROUTING
 
 
 class Queued:
@@ -251,6 +253,60 @@ def test_every_share_scores_its_sequences_and_the_pack_is_whole_again(
     assert all(shard.told[0][0] == "score" for shard in job.shards)  # ranks work in lockstep
     if len(lengths) > 1 and shares > 1:
         assert max(shard.told[0][1] for shard in job.shards) < sum(lengths)
+
+
+ROUTERS = ExpertLayers(layers=3, per_token=2, experts=9)
+
+
+@dataclass
+class Routed(Shard):
+    """Scores a token by the experts that came with it."""
+
+    expert_layers: ExpertLayers = ROUTERS
+
+    def score(self, batch: PackedBatch, *, temperature: float) -> torch.Tensor:
+        self.told.append(("score", batch.num_tokens, temperature))
+        weights_LK = torch.tensor([[1.0, 10.0], [1e2, 1e3], [1e4, 1e5]])
+        return (batch.per_token[ROUTING] * weights_LK).sum((1, 2))
+
+    def accumulate(self, batches: Any, loss_fn: Any, **_: Any) -> float:
+        self.told += [batch.per_token[ROUTING] for batch in batches]
+        return 0.0
+
+
+def routed(lengths: tuple[int, ...], experts: int = 9) -> PackedBatch:
+    rng = np.random.default_rng(1)
+    every = np.arange(experts, dtype=np.int16)
+    rows = [rng.permuted(np.tile(every, (n, 3, 1)), axis=-1)[..., :2] for n in lengths]
+    return pack([np.arange(n) for n in lengths], {ROUTING: rows})
+
+
+@pytest.mark.parametrize("lengths", [(4, 9, 2), (500, 700, 3, 600)])
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_recorded_experts_travel_with_their_tokens(lengths: tuple[int, ...], shares: int):
+    job = Job(*(Routed(share_, shares) for share_ in range(shares)), Routed(0, shares))
+    batch = routed(lengths)
+    want = Routed(0, 1).score(batch, temperature=1.0)
+    assert len(want.unique()) > 10
+    assert torch.equal(job.backend.score(batch, temperature=1.0), want)
+    job.backend.accumulate([batch, *[hollow(batch)] * (shares - 1)], Noting(), **options())
+    job.close()
+    rows_TLK = batch.per_token[ROUTING]
+    for shard in job.shards:
+        assert torch.equal(shard.told[1], rows_TLK if shard.share == 0 else rows_TLK[:1])
+
+
+def test_experts_that_one_share_would_refuse_are_refused_before_any_rank_begins():
+    job = Job(Routed(0, 2), Routed(1, 2))
+    for refuse in (
+        lambda: job.backend.score(routed((4, 9), 12), temperature=1.0),
+        lambda: job.backend.accumulate([routed((4,)), routed((9,), 12)], Noting(), **options()),
+    ):
+        with pytest.raises(ValueError, match=r"expert 1\d, but the model has 9"):
+            refuse()
+    job.backend.score(routed((4, 9)), temperature=1.0)
+    job.close()
+    assert [len(shard.told) for shard in job.shards] == [1, 1]
 
 
 def test_a_state_arrives_tensor_by_tensor_whatever_order_it_is_read_in():

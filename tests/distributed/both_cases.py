@@ -17,16 +17,24 @@ Open = Callable[[dict[str, Any], str], Any]
 """Opens a backend as the arguments say, with the model at a path."""
 
 
-def micro_batches(backend: Any, seed: int, step: int, max_tokens: int = 64) -> list[Any]:
+def micro_batches(
+    backend: Any, seed: int, step: int, max_tokens: int = 64, routed: int = 0
+) -> list[Any]:
     lengths = [len(ids) for ids in step_sequences(seed, step)[0]]
     shares = share(lengths, max_tokens, backend.data_ranks)
-    return packs(seed, step, shares[backend.data_rank])
+    return packs(seed, step, shares[backend.data_rank], routed=routed)
 
 
-def train(backend: Any, seed: int, steps: range = range(STEPS), max_tokens: int = 64) -> None:
+def train(
+    backend: Any,
+    seed: int,
+    steps: range = range(STEPS),
+    max_tokens: int = 64,
+    routed: int = 0,
+) -> None:
     for step in steps:
         backend.accumulate(
-            micro_batches(backend, seed, step, max_tokens),
+            micro_batches(backend, seed, step, max_tokens, routed),
             Loss(seed, step),
             temperature=TEMPERATURE,
             with_entropy=True,

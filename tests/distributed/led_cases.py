@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import TEMPERATURE, VOCAB, packs
+from models import TEMPERATURE, VOCAB, packs, random_experts
 from safetensors.torch import save_file
 
 from services.learner.config import LearnerSection
@@ -45,9 +45,13 @@ def section(arguments: dict[str, Any]) -> LearnerSection:
     return LearnerSection.model_validate({"optimizer": optimizer})
 
 
-def batch(seed: int, lengths: tuple[int, ...] = LENGTHS) -> BatchItems:
-    """Sequences as a journalled batch would give them: several ages, masked tokens, two rewards."""
+def batch(seed: int, lengths: tuple[int, ...] = LENGTHS, routed: int = 0) -> BatchItems:
+    """Sequences as a journalled batch would give them: several ages, masked tokens, two rewards.
+
+    `routed`: layers with recorded experts; every third sequence has none.
+    """
     rng = np.random.default_rng(seed)
+    experts = np.random.default_rng([seed, 1])
     items: list[Item] = []
     for number, length in enumerate(lengths):
         mask = rng.random(length) < 0.6
@@ -68,6 +72,7 @@ def batch(seed: int, lengths: tuple[int, ...] = LENGTHS) -> BatchItems:
                 reward=float(number % 2),
                 trajectory=number,
                 compared=bool(number % 3),
+                routing=random_experts(experts, length, routed) if routed and number % 3 else None,
             )
         )
     tokens = sum(int(item.loss_mask.sum()) for item in items)
@@ -91,7 +96,7 @@ def train(backend: Any, arguments: dict[str, Any], steps: range) -> list[StepOut
     )
     return [
         trainer.step(
-            batch(seed, tuple(arguments.get("lengths", LENGTHS))),
+            batch(seed, tuple(arguments.get("lengths", LENGTHS)), arguments.get("routed", 0)),
             version=VERSION,
             seed=seed,
             compare=True,
@@ -122,7 +127,7 @@ def services_life(arguments: dict[str, Any], ranks: Ranks) -> None:
     out = Path(arguments["out"])
     backend = ranks.build(spec(arguments))
     scorer = ranks.build(spec(arguments))
-    pack = packs(0, 0, [[0, 1, 2, 3]])[0]
+    pack = packs(0, 0, [[0, 1, 2, 3]], routed=arguments.get("routed", 0))[0]
     scores = {"before": backend.score(pack, temperature=TEMPERATURE)}
     backend.export_hf(out / "export")
     write_outcomes(out, "outcomes.json", train(backend, arguments, range(2)))

@@ -29,14 +29,15 @@ def open_backend(arguments: dict[str, Any], path: str) -> MegatronBackend:
 
 def parameters_after_steps(arguments: dict[str, Any]) -> None:
     out = arguments["out"]
+    routed = arguments.get("routed", 0)
     for number, (path, seed) in enumerate(arguments["runs"]):
         backend = open_backend(arguments, path)
-        batch = packs(seed, 0, [[0, 1, 2, 3]])[0]
+        batch = packs(seed, 0, [[0, 1, 2, 3]], routed=routed)[0]
         del batch.per_token["loss_mask"]
         scores = backend.score(batch, temperature=TEMPERATURE)
         write(out, f"scores{number}.safetensors", {"scores": scores})
         backend.export_hf(Path(out) / f"export{number}")
-        train(backend, seed)
+        train(backend, seed, routed=routed)
         after = dict(backend.state())
         write(out, f"after{number}.safetensors", after)
         oracle = open_backend(arguments, path)

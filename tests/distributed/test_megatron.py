@@ -28,6 +28,10 @@ LAYOUTS = {
     "pp2_dp2": (4, {"pp": 2}, ("qwen3_tied",)),
     "tp2_pp2": (4, {"tp": 2, "pp": 2}, ("qwen3_tied",)),
     "ep2": (2, {"ep": 2}, ("qwen3_moe",)),
+    "tp2_sp_experts": (2, {"tp": 2, "sp": True}, ("qwen3_moe",)),
+    "tp2_sp_ep2": (2, {"tp": 2, "sp": True, "ep": 2}, ("qwen3_moe",)),
+    "tp2_sp_ep2_dp2": (4, {"tp": 2, "sp": True, "ep": 2}, ("qwen3_moe",)),
+    "tp2_sp_pp2_experts": (4, {"tp": 2, "sp": True, "pp": 2}, ("qwen3_moe",)),
 }
 SEEDS = (0, 1, 2)
 
@@ -109,6 +113,7 @@ def test_an_export_is_the_loaded_directory_bit_for_bit(trained):
         ("qwen3_tied", (2, {"tp": 2}), (2, {"pp": 2})),
         ("qwen3_tied", (2, {"pp": 2}), (1, {})),
         ("qwen3_moe", (2, {"ep": 2}), (1, {})),
+        ("qwen3_moe", (2, {"tp": 2, "sp": True}), (2, {"ep": 2})),
     ],
 )
 def test_a_checkpoint_goes_on_bit_for_bit_and_on_another_layout(

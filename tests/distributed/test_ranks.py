@@ -112,6 +112,31 @@ def test_a_led_learner_trains_reports_and_resumes_as_one_process_does(
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        pytest.param("torch", {}, id="fsdp2"),
+        pytest.param("megatron", {"ep": 2}, id="ep2", marks=megatron),
+        pytest.param("megatron", {"tp": 2, "sp": True, "ep": 2}, id="tp2-ep2", marks=megatron),
+    ],
+)
+def test_a_led_learner_replays_recorded_experts_as_one_process_does(
+    run_ranks, tmp_path, kind: str, layout: dict
+):
+    path = write_model(tmp_path / "m", "qwen3_moe", 3)
+    out = _lived(run_ranks, path, kind, 2, layout, routed=2)
+    _check(out, path, 2 // layout.get("tp", 1), routed=2)
+    scores = load_file(out / "scores.safetensors")
+    assert torch.equal(scores["trained"], scores["scorer"])
+    plain = TorchBackend()
+    plain.load_hf(path)
+    [pack] = packs(0, 0, [[0, 1, 2, 3]], routed=2)
+    want = plain.score(pack, temperature=TEMPERATURE)
+    assert (scores["before"] - want).abs().max() <= 5e-5
+    own = plain.score(packs(0, 0, [[0, 1, 2, 3]])[0], temperature=TEMPERATURE)
+    assert (scores["before"] - own).abs().max() > 0.1
+
+
 def test_a_rank_without_sequences_of_its_own_takes_part_and_adds_nothing(run_ranks, tmp_path):
     path = write_model(tmp_path / "m", "qwen3", 4)
     given = {"lengths": [29], "minibatches": 1}

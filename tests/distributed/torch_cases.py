@@ -34,13 +34,14 @@ def open_backend(arguments: dict[str, Any], path: str, *, trains: bool = True) -
 def parameters_after_steps(arguments: dict[str, Any]) -> None:
     """Train each model; write its tensors, its scores, and an export of the untrained one."""
     out = arguments["out"]
+    routed = arguments.get("routed", 0)
     for number, (path, seed) in enumerate(arguments["runs"]):
         backend = open_backend(arguments, path)
-        batch = packs(seed, 0, [[0, 1, 2, 3]])[0]
+        batch = packs(seed, 0, [[0, 1, 2, 3]], routed=routed)[0]
         scores = backend.score(batch, temperature=TEMPERATURE)
         write(out, f"scores{number}.safetensors", {"scores": scores})
         backend.export_hf(Path(out) / f"export{number}")
-        train(backend, seed, max_tokens=arguments.get("max_tokens", 64))
+        train(backend, seed, max_tokens=arguments.get("max_tokens", 64), routed=routed)
         after = dict(backend.state())
         write(out, f"after{number}.safetensors", after)
         oracle = open_backend(arguments, path, trains=False)

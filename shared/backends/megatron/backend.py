@@ -21,6 +21,7 @@ import torch.distributed as dist
 from shared.algo.batching import PackedBatch
 from shared.backends.adamw import AdamWSettings
 from shared.backends.base import ForwardOutput, LossFn
+from shared.backends.expert_layers import ExpertLayers, check_routing
 from shared.backends.hf_files import HfFiles, check_given, write_hf
 from shared.backends.megatron import core, cpu
 from shared.backends.megatron.building import Ranks, build_model, open_ranks, transformer_config
@@ -82,6 +83,11 @@ class MegatronBackend:
     def vocab_size(self) -> int:
         """Token ids are below it."""
         return self._at.shape.vocab_size
+
+    @property
+    def expert_layers(self) -> ExpertLayers | None:
+        """What recorded experts the model can replay, None where it has none."""
+        return self._at.shape.expert_layers
 
     @property
     def data_rank(self) -> int:
@@ -217,6 +223,7 @@ class MegatronBackend:
         """Run the pipeline's schedule; return the last stage's losses or log-probs."""
         for batch in batches:
             check_token_ids(batch, self.vocab_size)
+            check_routing(batch, self.expert_layers)
         forward_backward = core.schedules.get_forward_backward_func()
         found: list[torch.Tensor] = forward_backward(
             forward_step_func=partial(self._forward_step, loss_fn, temperature, with_entropy),
@@ -239,12 +246,13 @@ class MegatronBackend:
         model: Any,
     ) -> tuple[torch.Tensor, Any]:
         batch = on_device(next(batches), self.device)
-        even = padded(batch, self._layout.tp if self._layout.sp else 1)
+        parts = self._layout.tp if self._layout.sp else 1
+        even = padded(batch, parts)
         hidden_T1D = model(
             input_ids=even.token_ids_T[None],
             position_ids=even.positions_T[None],
             attention_mask=None,
-            packed_seq_params=packed_params(even),
+            packed_seq_params=packed_params(even, self._at.ranks.tp if parts > 1 else 0, parts),
         )
         if not self._at.ranks.last:
             return hidden_T1D, None

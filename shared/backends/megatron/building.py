@@ -11,6 +11,7 @@ import torch.distributed as dist
 from shared.backends.megatron import core, cpu
 from shared.backends.megatron.layers import RMSNorm, hidden_states_only, local_layer
 from shared.backends.megatron.layout import Layout, Shape
+from shared.backends.megatron.replay import replay_routing
 
 SEED = 1
 """Of generators that megatron-core insists on; nothing draws from them, there is no dropout."""
@@ -159,6 +160,9 @@ def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
         )
     hidden_states_only(model)
     _mark_shared_out(model)
+    if shape.num_experts:
+        _mark_experts(model)
+        replay_routing(model)
     if cpu.HAVE_CUDA:
         model.cuda()
     cpu.name_types(list(model.parameters()))
@@ -174,6 +178,23 @@ def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
     )
     wrapped.train()
     return wrapped
+
+
+def _mark_experts(model: Any) -> None:
+    """Mark experts' parameters as the expert ranks', whatever the size of their groups.
+
+    megatron-core marks them so where ep is above 1. With ep 1 it would sum their gradients over the
+    data-parallel ranks alone, while the tensor-parallel ranks, of which each has whole experts and
+    its own run of tokens, went apart. The second mark is that of `_mark_shared_out`: each of these
+    ranks steps a part of its own.
+    """
+    for layer in model.decoder.layers:
+        for parameter in layer.mlp.experts.parameters():
+            for name in ("allreduce", "tensor_model_parallel"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
+            setattr(parameter, "allreduce", False)  # noqa: B010
+            setattr(parameter, "tensor_model_parallel", True)  # noqa: B010
 
 
 def _mark_shared_out(model: Any) -> None:

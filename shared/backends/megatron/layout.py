@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shared.backends.expert_layers import ExpertLayers
+
 ARCHITECTURES = ("qwen3", "qwen3_moe", "llama")
 VOCAB_MULTIPLE = 8
 """Rows of the vocabulary per tensor-parallel rank are a multiple of it; the rest is padding."""
@@ -124,6 +126,13 @@ class Shape:
         """Whether queries and keys are normalised per head."""
         return self.kind != "llama"
 
+    @property
+    def expert_layers(self) -> ExpertLayers | None:
+        """Its routers; every layer has one, or none has."""
+        if not self.num_experts:
+            return None
+        return ExpertLayers(self.num_layers, self.experts_per_token, self.num_experts)
+
     def padded_vocab(self, tp: int) -> int:
         """Return the rows of embedding and head in memory, over all ranks."""
         multiple = VOCAB_MULTIPLE * tp
@@ -156,8 +165,6 @@ class Shape:
             )
         if layout.sp and layout.tp == 1:
             raise ValueError("layout: sp needs tp above 1")
-        if self.num_experts and layout.tp > 1:
-            # measured: with the experts whole on each rank the parameters come out wrong
-            raise ValueError(
-                f"layout: experts with tp {layout.tp} are not supported, use ep and pp"
-            )
+        if self.num_experts and layout.tp > 1 and not layout.sp:
+            # megatron-core does not train it: every rank would compute all tokens' experts
+            raise ValueError(f"layout: experts with tp {layout.tp} need sp: set it to true")
