@@ -139,5 +139,11 @@ def _megatron(spec: BackendSpec, device: torch.device) -> Backend:
         )
     # Only here: it imports megatron-core, which not every installation has.
     cls = import_module("shared.backends.megatron.backend").MegatronBackend
-    backend = cls(spec.dtype, layout=spec.layout, optimizer=spec.adamw, recompute=spec.recompute)
+    backend = cls(
+        spec.dtype,
+        layout=spec.layout,
+        optimizer=spec.adamw,
+        recompute=spec.recompute,
+        trains=spec.adamw is not None,
+    )
     return cast("Backend", backend)

@@ -16,12 +16,13 @@ from shared.backends.megatron.backend import MegatronBackend
 from shared.backends.megatron.layout import Layout
 
 
-def open_backend(arguments: dict[str, Any], path: str) -> MegatronBackend:
+def open_backend(arguments: dict[str, Any], path: str, *, trains: bool = True) -> MegatronBackend:
     backend = MegatronBackend(
         getattr(torch, arguments.get("dtype", "float32")),
         layout=Layout(**arguments["layout"]),
         optimizer=AdamWSettings(betas=BETAS, eps=EPS),
         recompute=arguments.get("recompute", False),
+        trains=trains,
     )
     backend.load_hf(Path(path))
     return backend
@@ -40,7 +41,7 @@ def parameters_after_steps(arguments: dict[str, Any]) -> None:
         train(backend, seed, routed=routed)
         after = dict(backend.state())
         write(out, f"after{number}.safetensors", after)
-        oracle = open_backend(arguments, path)
+        oracle = open_backend(arguments, path, trains=False)
         oracle.load_state(after)
         theirs = oracle.score(batch, temperature=TEMPERATURE)
         ours = backend.score(batch, temperature=TEMPERATURE)

@@ -24,7 +24,13 @@ from shared.backends.base import ForwardOutput, LossFn
 from shared.backends.expert_layers import ExpertLayers, check_routing
 from shared.backends.hf_files import HfFiles, check_given, write_hf
 from shared.backends.megatron import core, cpu
-from shared.backends.megatron.building import Ranks, build_model, open_ranks, transformer_config
+from shared.backends.megatron.building import (
+    Ranks,
+    build_module,
+    open_ranks,
+    transformer_config,
+    with_gradients,
+)
 from shared.backends.megatron.layout import Layout, Shape
 from shared.backends.megatron.optimizer import ShardedAdamW
 from shared.backends.megatron.packing import packed_params, padded
@@ -42,8 +48,11 @@ class _Loaded:
     source: Path
     config: Any
     model: Any
+    """What megatron-core's schedules run: the module, wrapped where it trains."""
+    module: Any
     weights: ShardedWeights
-    optimizer: ShardedAdamW
+    optimizer: ShardedAdamW | None
+    """None: it only scores."""
 
 
 class MegatronBackend:
@@ -58,8 +67,11 @@ class MegatronBackend:
         layout: Layout | None = None,
         optimizer: AdamWSettings | None = None,
         recompute: bool = False,
+        trains: bool = True,
     ) -> None:
         """Hold no model yet; torch.distributed must be initialised.
+
+        One that does not train has neither gradient buffers nor an optimizer.
 
         Raises:
             ValueError: a dtype that megatron-core does not train.
@@ -71,6 +83,7 @@ class MegatronBackend:
         self.settings = optimizer or AdamWSettings()
         self._layout = layout or Layout()
         self._recompute = recompute
+        self._trains = trains
         self._loaded: _Loaded | None = None
 
     @property
@@ -78,6 +91,12 @@ class MegatronBackend:
         if self._loaded is None:
             raise ValueError("MegatronBackend holds no model yet: call load_hf first")
         return self._loaded
+
+    @property
+    def _optimizer(self) -> ShardedAdamW:
+        if self._at.optimizer is None:
+            raise ValueError("a backend that only scores has no optimizer")
+        return self._at.optimizer
 
     @property
     def vocab_size(self) -> int:
@@ -113,15 +132,19 @@ class MegatronBackend:
             raise ValueError(f"model {path}: {' '.join(str(error).split())}") from error
         ranks = open_ranks(self._layout)
         config = transformer_config(shape, self._layout, self.dtype, recompute=self._recompute)
-        model = build_model(shape, ranks, config)
-        weights = ShardedWeights(shape, ranks, model.module)
+        module = build_module(shape, ranks, config)
+        # Before weights are read: it moves the parameters into buffers of its own.
+        model = with_gradients(module, config) if self._trains else module
+        weights = ShardedWeights(shape, ranks, module)
         files = HfFiles(path)
         files.check(weights.shapes, ignored=["lm_head.weight"] if shape.tied else [])
         for entry in weights.entries:
             if weights.copies(entry):
                 weights.write(entry, {n: files.read(n).to(self.dtype) for n in entry.tensors})
-        optimizer = ShardedAdamW(model, self.settings, weights, self.dtype)
-        self._loaded = _Loaded(shape, ranks, path, config, model, weights, optimizer)
+        optimizer = (
+            ShardedAdamW(model, self.settings, weights, self.dtype) if self._trains else None
+        )
+        self._loaded = _Loaded(shape, ranks, path, config, model, module, weights, optimizer)
 
     def export_hf(self, path: Path) -> None:
         """Write a Hugging Face directory; every rank takes part, the first one writes."""
@@ -146,7 +169,8 @@ class MegatronBackend:
         check_given(state, {name: (shape, self.dtype) for name, shape in shapes.items()})
         for entry in self._at.weights.entries:
             self._at.weights.write(entry, state)
-        self._at.optimizer.reload_masters()
+        if self._at.optimizer is not None:
+            self._at.optimizer.reload_masters()
 
     def score(self, batch: PackedBatch, *, temperature: float) -> torch.Tensor:
         """Return logprobs_T without gradient, on every rank of the share."""
@@ -186,11 +210,11 @@ class MegatronBackend:
 
     def step(self, lr: float, *, max_grad_norm: float) -> float:
         """Clip, step, clear gradients; return the norm before clipping."""
-        return self._at.optimizer.step(lr, max_grad_norm=max_grad_norm)
+        return self._optimizer.step(lr, max_grad_norm=max_grad_norm)
 
     def snapshot(self) -> TensorSnapshot:
         """Copy weights and optimizer state, by Hugging Face name, to the first rank's host."""
-        streams = {"weights": self.stream(), "optimizer": self._at.optimizer.stream()}
+        streams = {"weights": self.stream(), "optimizer": self._optimizer.stream()}
         return take(streams, keeps=dist.get_rank() == 0)
 
     def save(self, path: Path) -> None:
@@ -205,12 +229,12 @@ class MegatronBackend:
         """
         weights, moments = HfFiles(path, "weights"), HfFiles(path, "optimizer")
         weights.check(self._at.weights.shapes)
-        self._at.optimizer.check_state(moments.shapes)
+        self._optimizer.check_state(moments.shapes)
         for entry in self._at.weights.entries:
             if self._at.weights.copies(entry):
                 self._at.weights.write(entry, {n: weights.read(n) for n in entry.tensors})
-        self._at.optimizer.reload_masters()
-        self._at.optimizer.load_state(moments.read, moments.names)
+        self._optimizer.reload_masters()
+        self._optimizer.load_state(moments.read, moments.names)
 
     def _run(
         self,
@@ -294,7 +318,7 @@ class MegatronBackend:
 
     @property
     def _head(self) -> torch.Tensor:
-        module = self._at.model.module
+        module = self._at.module
         if self._at.shape.tied:
             return module.shared_embedding_or_output_weight()
         return module.output_layer.weight

@@ -131,8 +131,8 @@ def transformer_config(shape: Shape, layout: Layout, dtype: torch.dtype, *, reco
     )
 
 
-def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
-    """Return this rank's stage, wrapped for data-parallel gradients, with weights undefined."""
+def build_module(shape: Shape, ranks: Ranks, config: Any) -> Any:
+    """Return this rank's stage, with weights undefined."""
     if core.HAVE_ENGINE:
         layer = core.specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=shape.num_experts or None,
@@ -166,6 +166,12 @@ def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
     if cpu.HAVE_CUDA:
         model.cuda()
     cpu.name_types(list(model.parameters()))
+    cpu.adapt()
+    return model.train()
+
+
+def with_gradients(module: Any, config: Any) -> Any:
+    """Wrap a stage with the buffers in which gradients are summed over data-parallel ranks."""
     settings = core.distributed.DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -174,10 +180,9 @@ def build_model(shape: Shape, ranks: Ranks, config: Any) -> Any:
     )
     cpu.adapt()
     wrapped = core.distributed.DistributedDataParallel(
-        config=config, ddp_config=settings, module=model
+        config=config, ddp_config=settings, module=module
     )
-    wrapped.train()
-    return wrapped
+    return wrapped.train()
 
 
 def _mark_experts(model: Any) -> None:
