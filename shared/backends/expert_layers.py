@@ -30,7 +30,7 @@ def check_routing(batch: PackedBatch, has: ExpertLayers | None) -> None:
 
     Args:
         batch: see `routing.ROUTING`.
-        has: the model's; None where it has no experts.
+        has: the model's; None where it has no experts, or nobody knows how to give them.
 
     Raises:
         ValueError: names what was given and what the model has, in one line.
@@ -40,7 +40,10 @@ def check_routing(batch: PackedBatch, has: ExpertLayers | None) -> None:
         return
     shape = tuple(rows_TLK.shape)
     if has is None:
-        raise ValueError(f"routing {list(shape)} was recorded, but the model has no experts")
+        raise ValueError(
+            f"routing {list(shape)} was recorded, but the model has no layers that take recorded "
+            "experts: is it the model that was sampled?"
+        )
     wanted = (batch.num_tokens, has.layers, has.per_token)
     if shape != wanted:
         raise ValueError(

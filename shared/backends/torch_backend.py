@@ -112,12 +112,9 @@ class TorchBackend:
         """What recorded experts the model can replay, None where it has none.
 
         Raises:
-            ValueError: routers that cannot replay, or layers that are compiled; one line.
+            ValueError: it has some, and its routers cannot take recorded ones; one line.
         """
-        has = self._at.packed.routing.has
-        if has is not None and self._options.compile:
-            raise ValueError("model.compile: compiled layers do not replay routing; set it false")
-        return has
+        return self._at.packed.routing.has
 
     @property
     def data_rank(self) -> int:

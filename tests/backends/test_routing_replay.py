@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +98,30 @@ def test_a_model_says_what_rows_it_takes(backend: TorchBackend, backend32: Torch
     assert backend32.expert_layers is None
 
 
-def test_its_own_choice_replayed_is_the_same_bits(backend: TorchBackend, ids):
-    want = backend.score(pack(ids), temperature=1.0)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_its_own_choice_replayed_is_the_same_bits_and_gradient(path: Path, ids, dtype):
+    backend = opened(path, dtype)
     own = own_choice(backend, ids)
-    assert torch.equal(backend.score(packed(ids, own), temperature=1.0), want)
     nothing = [np.full_like(rows, NOT_RECORDED) for rows in own]
-    assert torch.equal(backend.score(packed(ids, nothing), temperature=1.0), want)
+    want, gradients = scored_and_trained(backend, pack(ids))
+    for rows in (own, nothing):
+        got, again = scored_and_trained(backend, packed(ids, rows))
+        assert torch.equal(got, want)
+        assert all(torch.equal(again[name], gradients[name]) for name in gradients)
+
+
+def scored_and_trained(backend: TorchBackend, batch: PackedBatch):
+    """Log-probs, and the gradient of their sum."""
+    scores = backend.score(batch, temperature=1.0)
+    backend._at.model.zero_grad()
+    backend.forward_backward(
+        batch,
+        lambda output, _: output.logprobs_T.sum(),
+        temperature=1.0,
+        with_entropy=False,
+    )
+    named = backend._at.model.named_parameters()
+    return scores, {name: parameter.grad.clone() for name, parameter in named}
 
 
 def test_other_experts_are_taken_as_one_expert_after_the_other_would(
@@ -134,16 +153,10 @@ def test_gradients_are_those_of_the_weights_of_the_experts_taken(
 ):
     rows = at_random()
     rows[1][2:5] = NOT_RECORDED
-    backend.forward_backward(
-        packed(ids, rows),
-        lambda output, _: output.logprobs_T.sum(),
-        temperature=1.0,
-        with_entropy=False,
-    )
+    _, got = scored_and_trained(backend, packed(ids, rows))
     logprobs_T, plain = plainly(path, ids, rows)
     logprobs_T.sum().backward()
     want = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    got = {name: parameter.grad for name, parameter in backend._at.model.named_parameters()}
     routers = [name for name in want if name.endswith("mlp.gate.weight")]
     assert len(routers) == LAYERS
     assert all(want[name].abs().max() > 0.01 for name in routers)
@@ -223,7 +236,7 @@ def test_rows_that_no_router_of_the_model_chose_are_refused(
 
 
 def test_rows_for_a_model_without_experts_are_refused(backend32: TorchBackend, ids):
-    with pytest.raises(ValueError, match="has no experts"):
+    with pytest.raises(ValueError, match=r"routing \[65, 3, 2\] .* no layers that take"):
         backend32.score(packed(ids, at_random()), temperature=1.0)
 
 
@@ -290,7 +303,18 @@ def test_routers_of_another_formula_are_refused_only_where_rows_are_given(
         backend.score(packed(ids, at_random()), temperature=1.0)
 
 
-def test_compiled_layers_refuse_rows(path: Path, ids):
-    backend = opened(path, torch.float32, compile=True)
-    with pytest.raises(ValueError, match=r"model\.compile"):
-        backend.score(packed(ids, at_random()), temperature=1.0)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_layers_take_the_experts_of_each_call(path: Path, ids):
+    plain, compiled = opened(path, torch.float32), opened(path, torch.float32, compile=True)
+    one, other = packed(ids, at_random(1)), packed(ids, at_random(2))
+    want, gradients = scored_and_trained(plain, one)
+    got, close = scored_and_trained(compiled, one)
+    assert (got - want).abs().max() < 5e-5
+    assert all((close[name] - gradients[name]).abs().max() < 1e-4 for name in gradients)
+    for batch in (other, pack(ids)):
+        want = plain.score(batch, temperature=1.0)
+        assert (compiled.score(batch, temperature=1.0) - want).abs().max() < 5e-5
+        assert (got - want).abs().max() > 0.1
