@@ -27,7 +27,7 @@ ROUTING = "routing"
 
 NOT_RECORDED = -1
 
-Rows = npt.NDArray[np.int16] | npt.NDArray[np.int32]
+Rows = npt.NDArray[np.int16 | np.int32]
 
 
 def routing_rows(
