@@ -223,8 +223,8 @@ class Requests:
             # Asked again it would be as large: the caller is told, once.
             self._context.count("replies_too_large")
             if not isinstance(body, Refused):
-                refused = Refused(reason=f"the answer is too large: {error}")
-                await self._answer(reply, request_id, refused)
+                reason = f"the answer is too large: {error}; raise its max_payload"
+                await self._answer(reply, request_id, Refused(reason=reason))
         except BusError as error:
             # The caller misses heartbeats and asks again under a new id.
             self._context.count("unsent_replies")

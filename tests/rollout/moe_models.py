@@ -48,7 +48,11 @@ def make_moe_state(seed: int, dtype: torch.dtype, *, renormalised: bool = True) 
 
 
 def moe_reference(
-    state: Mapping[str, torch.Tensor], token_ids: Sequence[int], *, renormalised: bool = True
+    state: Mapping[str, torch.Tensor],
+    token_ids: Sequence[int],
+    *,
+    renormalised: bool = True,
+    temperature: float = 1.0,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Log-probs [T] of every token given those before it (0 first), and its experts [T, L, K]."""
     model = _model(next(iter(state.values())).dtype, renormalised)
@@ -65,7 +69,7 @@ def moe_reference(
     finally:
         for hook in hooks:
             hook.remove()
-    logprobs = torch.log_softmax(logits, -1)[:-1]
+    logprobs = torch.log_softmax(logits / temperature, -1)[:-1]
     chosen_T = logprobs.gather(-1, torch.tensor(list(token_ids)[1:])[:, None]).squeeze(-1)
     return np.concatenate([[0.0], chosen_T.numpy()]), torch.stack(chosen, 1).numpy()
 

@@ -363,6 +363,25 @@ def test_experts_of_another_kind_are_refused(changes: dict, pattern: str) -> Non
         parse_config(CONFIG | MOE | changes)
 
 
+def test_the_published_config_of_a_large_mixture_is_read() -> None:
+    config = parse_config(
+        {
+            "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False,
+            "decoder_sparse_step": 1, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+            "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+            "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+            "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+            "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+            "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+            "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+            "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 151936,
+        }
+    )  # fmt: skip
+    assert config.expert_layers == tuple(range(48))
+    assert (config.num_experts, config.experts_per_token, config.expert_size) == (128, 8, 768)
+    assert config.renormalised
+
+
 def test_a_missing_size_is_named() -> None:
     with pytest.raises(ValueError, match="key 'moe_intermediate_size' is missing"):
         parse_config({k: v for k, v in (CONFIG | MOE).items() if k != "moe_intermediate_size"})

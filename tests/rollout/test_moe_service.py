@@ -79,5 +79,5 @@ async def test_an_answer_above_the_bound_of_the_bus_is_refused_for_good(world: W
         assert body.kind == "refused"
         assert not body.retryable
         assert "the answer is too large" in body.reason
-        assert "the server accepts 600" in body.reason
+        assert "the server accepts 600; raise its max_payload" in body.reason
         assert (await world.answer(make_request("short", new=2))).kind == "done"
