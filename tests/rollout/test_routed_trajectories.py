@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import cast
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from services.env_agents.episode_events import (
     Ask,
@@ -22,7 +25,8 @@ from services.env_agents.episode_events import (
 from services.env_agents.episodes import Episode, Limits
 from services.rollout.requests import _on_the_wire, _spec
 from services.rollout.torch_engine import TorchEngine
-from shared.backends.trajectory_scoring import pieces_of
+from shared.backends.torch_backend import TorchBackend
+from shared.backends.trajectory_scoring import pieces_of, score_pieces
 from shared.wire.messages import Done, Partial, TaskRef, Ticket
 from shared.wire.trajectory import SamplingParams, Trajectory
 from tests.rollout.engines import CONTEXT, make_prompt, started, when_sampled
@@ -114,9 +118,22 @@ async def test_every_version_has_the_routing_of_all_that_it_sampled_after(
     (sequence,) = trajectory.sequences
     ids = sequence.token_ids.numpy().tolist()
     assert len({span.version for span in sequence.spans}) > 1
+    backend = TorchBackend(torch.float64, trains=False)
+    save_file(states[0], path / "model.safetensors", {"format": "pt"})
+    backend.load_hf(path)
+    sampler = sequence.arrays["sampler_logprobs"].numpy()
     for piece in pieces_of(trajectory, kind="packed", temperature=1.0):
         last = int(piece.positions[-1])
         assert piece.can_be_exact
         assert piece.routing is not None
         _, experts = moe_reference(states[piece.version], ids)
         assert piece.routing[:last].tolist() == experts[:last].tolist()
+        backend.load_state(states[piece.version])
+        others = np.where(piece.routing < 0, -1, (piece.routing + 1) % 8)
+        right, wrong = (
+            score_pieces(backend, [replace(piece, routing=rows)], "packed")[0]
+            for rows in (piece.routing, others.astype(np.int16))
+        )
+        # The engine's log-probs travel as float32.
+        assert np.abs(right - sampler[piece.positions]).max() < 1e-6
+        assert np.abs(wrong - right).max() > 1e-2
