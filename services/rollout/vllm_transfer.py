@@ -3,10 +3,11 @@
 
 A backend of vLLM's weight transfer (`vllm.distributed.weight_transfer`), so that updates run
 through its own four phases: init, start, update, finish. Loading is vLLM's layerwise reload, which
-fuses, shards and packs as at start. Three things it does not do are done here:
+fuses, shards and packs as at start. Four things it does not do are done here:
 
 * A module is loaded as a whole: one whose q_proj alone changed would get an undefined k and v.
 * A tied head keeps the packed copy of its *old* weights on CPUs: it is packed again.
+* Experts keep their first packing on CPUs: `vllm_experts.py` has them packed by every load.
 * Nothing is believed: `loading_check.py` compares what each module loaded and packed.
 """
 
@@ -33,6 +34,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from services.rollout.loading_check import LoadingCheck
 from services.rollout.shared_tensors import SharedTensors
+from services.rollout.vllm_experts import pack_every_load, packing
 from services.rollout.vllm_names import BACKEND
 from shared.weights.layouts import Layout
 from shared.weights.qwen3_layout import EMBED, HEAD, Qwen3Shape, qwen3_layout
@@ -69,7 +71,8 @@ class SharedMemoryTransfer(WeightTransferEngine):
         self._shapes = qwen3_layout(shape, 0, 1).sources
         num_ranks = self.parallel_config.tensor_parallel_size
         self._layout = qwen3_layout(shape, get_tensor_model_parallel_rank(), num_ranks)
-        self.check = LoadingCheck(model, self._layout)
+        pack_every_load(model)
+        self.check = LoadingCheck(model, self._layout, packing)
         self._modules = sources_by_module(self._layout)
         self._loaded: set[str] = set()
         """Modules of the update in progress."""
