@@ -24,6 +24,8 @@ class SampleSpec:
     max_new_tokens: int
     seed: int
     seed_offset: int = 0
+    routing_held: tuple[int, int] | None = None
+    """(version, stop): rows of routing [0, stop) that the caller has."""
 
 
 @dataclass(frozen=True, slots=True)

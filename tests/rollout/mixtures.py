@@ -39,28 +39,45 @@ def write_mixture_dir(path: Path, **changes: Any) -> Path:
 
 
 def make_mixture_state(seed: int, dtype: torch.dtype = torch.float32) -> State:
-    """Random published weights, one tensor per expert; routers are sharp, so that ties are rare."""
+    """Random published weights, one tensor per expert."""
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
     for name, shape in _published_shapes().items():
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         centre = 1.0 if len(shape) == 1 else 0.0
-        scale = 1.0 if name.endswith("mlp.gate.weight") else 0.2
+        scale = 0.3 if name.endswith("mlp.gate.weight") else 0.2
         state[name] = (centre + scale * noise).to(dtype)
     return state
 
 
 class Expected:
-    """What the reference makes of a sequence, all of it under one state."""
+    """What the reference makes of a sequence, all of it under one state.
 
-    def __init__(self, state: Mapping[str, torch.Tensor], token_ids: Sequence[int]) -> None:
+    With `experts` [T, L, K] it takes those, each with the weight that its own router gives it.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, torch.Tensor],
+        token_ids: Sequence[int],
+        experts: npt.NDArray[Any] | None = None,
+    ) -> None:
         model = _model(next(iter(state.values())).dtype)
         probabilities: list[torch.Tensor] = []
+
+        def route(_module: Any, _args: Any, output: Any) -> Any:
+            logits_TE, scores_TK, _ = output
+            probabilities.append(logits_TE.float().softmax(-1))
+            if experts is None:
+                return None
+            layer = len(probabilities) - 1
+            taken_TK = torch.from_numpy(experts[:, layer].astype(np.int64))
+            weights_TK = probabilities[-1].gather(-1, taken_TK)
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+            return logits_TE, weights_TK.to(scores_TK.dtype), taken_TK
+
         hooks = [
-            model.model.layers[layer].mlp.gate.register_forward_hook(
-                lambda _module, _args, output: probabilities.append(output[0].softmax(-1))
-            )
-            for layer in LAYERS
+            model.model.layers[layer].mlp.gate.register_forward_hook(route) for layer in LAYERS
         ]
         with torch.inference_mode():
             model.load_state_dict(_stacked(state))

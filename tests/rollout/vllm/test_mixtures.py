@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from tests.rollout.engines import ids_of, make_prompt, make_spec, started
-from tests.rollout.mixtures import Expected, make_mixture_state, write_mixture_dir
-from tests.rollout.models import TOLERANCE
+from services.rollout.engine import SampleResult, SampleSpec
+from services.rollout.vllm_names import ROUTING
+from services.rollout.vllm_options import ServerOptions
+from services.rollout.vllm_port import Sync
+from services.rollout.vllm_server import VllmServer
+from shared.wire.trajectory import RoutingRecord
+from tests.rollout.engines import (
+    ids_of,
+    make_prompt,
+    make_spec,
+    stamps_of,
+    started,
+    stepwise,
+    when_sampled,
+)
+from tests.rollout.mixtures import CHOICES, LAYERS, Expected, make_mixture_state, write_mixture_dir
+from tests.rollout.models import TOLERANCE, State, write_model_dir
 from tests.rollout.vllm.pool import DTYPES, Borrowed
 
 EXPERT = "model.layers.2.mlp.experts.5."
@@ -20,6 +38,8 @@ PARTS = {
     "a dense layer": lambda name: name.startswith("model.layers.1.mlp."),
     "everything": lambda name: True,
 }
+TIE = 1e-5
+"""Closer probabilities may fall either way in two float32 forwards; the tests have none."""
 
 
 @pytest.fixture
@@ -27,10 +47,29 @@ def mixture_dir(tmp_path: Path) -> Path:
     return write_mixture_dir(tmp_path / "mixture")
 
 
-@pytest.mark.parametrize("dtype", ["float32"])
+def rows_of(records: Sequence[RoutingRecord], version: int) -> npt.NDArray[Any]:
+    """[T, L, K] of a version's records, which must follow each other from token 0."""
+    mine = [record for record in records if record.version == version]
+    assert [record.start for record in mine] == [0, *[record.stop for record in mine[:-1]]]
+    return np.concatenate([record.experts.numpy() for record in mine])
+
+
+def check_rows(spec: SampleSpec, result: SampleResult, version: int, state: State) -> None:
+    """Every token before the last one that the version sampled took the reference's experts."""
+    context = len(spec.token_ids) + len(stamps_of(result)) - 1
+    context -= stamps_of(result)[::-1].index(version)
+    expected = Expected(state, [*spec.token_ids, *ids_of(result)][:context])
+    assert expected.narrowest > TIE
+    rows = rows_of(result.sampled.routing, version)
+    assert rows.shape == (context, len(LAYERS), CHOICES)
+    assert np.array_equal(np.sort(rows, -1), expected.experts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_every_part_of_a_mixture_can_change_alone_and_all_come_back(
     mixture_dir: Path, dtype: str
 ) -> None:
+    """Against a reference that takes the recorded experts: in bfloat16 near ties fall both ways."""
     first, other = (make_mixture_state(seed, DTYPES[dtype]) for seed in (0, 1))
     async with started(Borrowed(mixture_dir, dtype)) as engine:
         await engine.update(0, first, None)
@@ -43,10 +82,73 @@ async def test_every_part_of_a_mixture_can_change_alone_and_all_come_back(
             await engine.update(version, current, changed)
             spec = make_spec(f"r{version}", make_prompt(version, 40), new=12)
             result = await engine.sample(spec)
-            expected = Expected(current, [*spec.token_ids, *ids_of(result)])
+            ids, rows = [*spec.token_ids, *ids_of(result)], rows_of(result.sampled.routing, version)
+            expected = Expected(current, ids, np.concatenate([rows, rows[-1:]]))
             error = np.abs(result.sampled.logprobs.numpy() - expected.logprobs[40:])
             assert error.max() <= TOLERANCE[DTYPES[dtype]], what
         await engine.update(version + 1, first, None)
         again = await engine.sample(make_spec("start", make_prompt(1, 40)))
         assert ids_of(again) == ids_of(start)
         assert np.array_equal(again.sampled.logprobs.numpy(), start.sampled.logprobs.numpy())
+
+
+async def test_recorded_experts_are_those_of_the_reference_also_where_the_prefix_was_cached(
+    mixture_dir: Path,
+) -> None:
+    state = make_mixture_state(7)
+    async with started(Borrowed(mixture_dir, "float32")) as engine:
+        await engine.update(0, state, None)
+        specs = [make_spec(f"r{i}", make_prompt(i, 20 + 7 * i), new=12) for i in range(6)]
+        results = await asyncio.gather(*[engine.sample(spec) for spec in specs])
+        for spec, result in zip(specs, results, strict=True):
+            check_rows(spec, result, 0, state)
+        prefix = (*specs[5].token_ids, *ids_of(results[5]), 3, 1, 4)
+        before = engine.load().counters["prefix_hit_tokens"]
+        spec = make_spec("next", prefix, new=5)
+        result = await engine.sample(spec)
+        assert engine.load().counters["prefix_hit_tokens"] - before >= 32
+        check_rows(spec, result, 0, state)
+        held = make_spec("held", prefix, new=5, routing_held=(0, 61))
+        (record,) = (await engine.sample(held)).sampled.routing
+        assert (record.start, record.stop) == (61, len(prefix) + 4)
+        rows = rows_of(result.sampled.routing, 0)
+        assert np.array_equal(record.experts.numpy(), rows[61:])
+        assert await engine.server._llm.collective_rpc(ROUTING, args=("1",)) == [[]]
+
+
+@pytest.mark.parametrize("mode", ["keep", "interrupt"])
+async def test_an_update_in_mid_turn_leaves_the_rows_of_both_versions(
+    mixture_dir: Path, mode: Any
+) -> None:
+    first, second = make_mixture_state(4), make_mixture_state(5)
+    async with started(Borrowed(mixture_dir, "float32")) as engine:
+        await engine.update(0, first, None)
+        engine._engine._sync = Sync(mode=mode)
+        spec, other = make_spec("r", make_prompt(4, 45)), make_spec("s", make_prompt(5, 33), new=4)
+        async with asyncio.TaskGroup() as group:
+            answer = group.create_task(engine.sample(spec))
+            with stepwise(engine):
+                await asyncio.sleep(0)
+                await when_sampled(engine, "r", 3)
+                await engine.update(1, second, None)
+                # Takes blocks that the first turn had under the version before.
+                beside = group.create_task(engine.sample(other))
+        result = answer.result()
+        check_rows(spec, result, 0, first)
+        check_rows(other, beside.result(), 1, second)
+        if mode == "keep":
+            assert stamps_of(result) == [0] * 3 + [1] * 3
+            check_rows(spec, result, 1, second)
+            assert {record.version for record in result.sampled.routing} == {0, 1}
+        else:
+            assert (result.finish, stamps_of(result)) == ("interrupted", [0] * 3)
+            rest = make_spec(
+                "rest", (*spec.token_ids, *ids_of(result)), new=3, routing_held=(0, 47)
+            )
+            check_rows(rest, await engine.sample(rest), 1, second)
+
+
+def test_a_dense_model_has_nothing_to_record(tmp_path: Path) -> None:
+    model_dir = write_model_dir(tmp_path, tied=False)
+    with pytest.raises(ValueError, match=r"no experts to record: take model\.routing: recompute"):
+        VllmServer(ServerOptions(model_dir, "float32", 96, 8, 64, record_routing=True))
