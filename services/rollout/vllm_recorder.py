@@ -29,7 +29,7 @@ class SlotRows:
         num_experts: 256 fit a byte; more take two.
     """
 
-    def __init__(self, shape: tuple[int, int, int], num_experts: int, device: torch.device) -> None:
+    def __init__(self, shape: Sequence[int], num_experts: int, device: torch.device) -> None:
         self._wide = num_experts > 256
         # Indexing the unsigned 16-bit type is not implemented: the bits are the same.
         dtype = torch.int16 if self._wide else torch.uint8

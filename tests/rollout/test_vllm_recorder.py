@@ -171,10 +171,9 @@ def test_more_than_256_experts_take_two_bytes() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_nothing_is_mixed_up_or_left_behind_in_random_histories(seed: int) -> None:
+def test_nothing_is_mixed_up_in_random_histories(seed: int) -> None:
     rng = random.Random(seed)
     engine, lengths, version = Engine(), dict[int, dict[str, int]](), 0
-    waiting: set[int] = set()
     for _ in range(300):
         text = rng.randrange(8)
         stopped = engine.computed.get(f"r{text}", 0)
@@ -182,12 +181,10 @@ def test_nothing_is_mixed_up_or_left_behind_in_random_histories(seed: int) -> No
             case "forward" if len(engine.free) > 8 and stopped < 16:
                 stop = stopped + rng.randint(1, 6)
                 engine.forward(text, stop)
-                waiting.discard(text)
                 by_label = lengths.setdefault(text, {})
                 by_label[engine.label] = max(by_label.get(engine.label, 0), stop)
             case "preempt" if stopped:
                 engine.preempt(text)
-                waiting.add(text)
             case "end" if stopped:
                 early = rng.random() < 0.5
                 segments = engine.recorder.take(f"k{text}") if early else []
