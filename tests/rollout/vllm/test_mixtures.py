@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from services.rollout.engine import SampleResult, SampleSpec
+from services.rollout.vllm_engine import VllmEngine
 from services.rollout.vllm_names import ROUTING
 from services.rollout.vllm_options import ServerOptions
 from services.rollout.vllm_port import Sync
@@ -102,6 +104,12 @@ async def test_recorded_experts_are_those_of_the_reference_also_where_the_prefix
         results = await asyncio.gather(*[engine.sample(spec) for spec in specs])
         for spec, result in zip(specs, results, strict=True):
             check_rows(spec, result, 0, state)
+        # The engine may be a step ahead of the token that ends a turn.
+        stop = ids_of(results[4])[6]
+        short = make_spec("short", specs[4].token_ids, new=12, stop_ids=(stop,))
+        result = await engine.sample(short)
+        assert (result.finish, ids_of(result)[-1]) == ("stop", stop)
+        check_rows(short, result, 0, state)
         prefix = (*specs[5].token_ids, *ids_of(results[5]), 3, 1, 4)
         before = engine.load().counters["prefix_hit_tokens"]
         spec = make_spec("next", prefix, new=5)
@@ -146,6 +154,43 @@ async def test_an_update_in_mid_turn_leaves_the_rows_of_both_versions(
                 "rest", (*spec.token_ids, *ids_of(result)), new=3, routing_held=(0, 47)
             )
             check_rows(rest, await engine.sample(rest), 1, second)
+
+
+async def test_over_a_kept_cache_each_version_has_the_rows_that_it_computed(
+    mixture_dir: Path,
+) -> None:
+    first, second = make_mixture_state(4), make_mixture_state(5)
+    async with started(Borrowed(mixture_dir, "float32")) as engine:
+        await engine.update(0, first, None)
+        engine._engine._sync = Sync(mode="keep", keep_kv=True)
+        spec = make_spec("r", make_prompt(4, 45))
+        async with asyncio.TaskGroup() as group:
+            answer = group.create_task(engine.sample(spec))
+            with stepwise(engine):
+                await asyncio.sleep(0)
+                await when_sampled(engine, "r", 3)
+                await engine.update(1, second, None)
+        result = answer.result()
+    check_rows(spec, result, 0, first)
+    ranges = [(r.version, r.start, r.stop) for r in result.sampled.routing]
+    assert ranges == [(0, 0, 47), (1, 47, 50)]
+
+
+async def test_turns_that_are_preempted_for_want_of_cache_keep_their_rows(
+    mixture_dir: Path,
+) -> None:
+    state, block_bytes = make_mixture_state(8), 3 * 2 * 2 * 32 * 32 * 4
+    options = ServerOptions(
+        mixture_dir, "float32", 96, 8, 64, kv_cache_bytes=9 * block_bytes, record_routing=True
+    )
+    engine = VllmEngine(VllmServer(options), dtype=torch.float32, context_tokens=96, sync=Sync())
+    async with started(engine):
+        await engine.update(0, state, None)
+        specs = [make_spec(f"r{i}", make_prompt(20 + i, 24), new=48) for i in range(6)]
+        results = await asyncio.gather(*[engine.sample(spec) for spec in specs])
+        assert engine.load().counters["preemptions"] > 0
+    for spec, result in zip(specs, results, strict=True):
+        check_rows(spec, result, 0, state)
 
 
 def test_a_dense_model_has_nothing_to_record(tmp_path: Path) -> None:
