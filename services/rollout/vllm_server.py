@@ -176,9 +176,16 @@ class VllmServer:
 
     async def _routing_of(self, key: str | None) -> list[Recorded]:
         """Take what the worker recorded of a request that ended; of cancelled ones it forgets."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         if key is None:
             return []
-        parts = (await self._llm.collective_rpc(ROUTING, args=(key,)))[0]
+        try:
+            parts = (await self._llm.collective_rpc(ROUTING, args=(key,)))[0]
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            raise EngineDead(f"the engine does not say its routing: {error}") from error
         return [
             Recorded(label, start, np.frombuffer(data, dtype).reshape(shape))
             for label, start, dtype, shape, data in parts

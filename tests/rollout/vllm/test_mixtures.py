@@ -193,6 +193,32 @@ async def test_turns_that_are_preempted_for_want_of_cache_keep_their_rows(
         check_rows(spec, result, 0, state)
 
 
+async def test_two_ranks_hold_their_parts_of_every_expert_and_the_first_records(
+    mixture_dir: Path,
+) -> None:
+    options = ServerOptions(
+        mixture_dir,
+        "float32",
+        96,
+        8,
+        64,
+        tensor_parallel_size=2,
+        kv_cache_bytes=16 << 20,
+        record_routing=True,
+    )
+    engine = VllmEngine(VllmServer(options), dtype=torch.float32, context_tokens=96, sync=Sync())
+    async with started(engine):
+        for version, seed in enumerate((7, 8)):
+            state = make_mixture_state(seed)
+            await engine.update(version, state, None)
+            spec = make_spec(f"r{version}", make_prompt(version, 40), new=12)
+            result = await engine.sample(spec)
+            expected = Expected(state, [*spec.token_ids, *ids_of(result)])
+            error = np.abs(result.sampled.logprobs.numpy() - expected.logprobs[40:])
+            assert error.max() <= TOLERANCE[torch.float32]
+            check_rows(spec, result, version, state)
+
+
 def test_a_dense_model_has_nothing_to_record(tmp_path: Path) -> None:
     model_dir = write_model_dir(tmp_path, tied=False)
     with pytest.raises(ValueError, match=r"no experts to record: take model\.routing: recompute"):
