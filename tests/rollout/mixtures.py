@@ -91,9 +91,9 @@ class Expected:
         ranked = torch.stack(probabilities, 1).sort(dim=-1, descending=True)
         self.experts: npt.NDArray[np.int64] = ranked.indices[..., :CHOICES].sort(-1)[0].numpy()
         """[T, L, K], ascending per token and layer."""
-        gaps = ranked.values[..., CHOICES - 1] - ranked.values[..., CHOICES]
-        self.narrowest = float(gaps.min())
-        """Smallest difference in probability between the last expert taken and the first not."""
+        gaps_TL = ranked.values[..., CHOICES - 1] - ranked.values[..., CHOICES]
+        self.gaps: npt.NDArray[np.float32] = gaps_TL.numpy()
+        """[T, L]: difference in probability between the last expert taken and the first not."""
 
 
 @lru_cache

@@ -41,7 +41,7 @@ PARTS = {
     "everything": lambda name: True,
 }
 TIE = 1e-5
-"""Closer probabilities may fall either way in two float32 forwards; the tests have none."""
+"""Closer probabilities may fall either way in two float32 forwards."""
 
 
 @pytest.fixture
@@ -61,10 +61,10 @@ def check_rows(spec: SampleSpec, result: SampleResult, version: int, state: Stat
     context = len(spec.token_ids) + len(stamps_of(result)) - 1
     context -= stamps_of(result)[::-1].index(version)
     expected = Expected(state, [*spec.token_ids, *ids_of(result)][:context])
-    assert expected.narrowest > TIE
     rows = rows_of(result.sampled.routing, version)
     assert rows.shape == (context, len(LAYERS), CHOICES)
-    assert np.array_equal(np.sort(rows, -1), expected.experts)
+    differ_TL = (np.sort(rows, -1) != expected.experts).any(-1)
+    assert not (differ_TL & (expected.gaps > TIE)).any()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -176,21 +176,34 @@ async def test_over_a_kept_cache_each_version_has_the_rows_that_it_computed(
     assert ranges == [(0, 0, 47), (1, 47, 50)]
 
 
-async def test_turns_that_are_preempted_for_want_of_cache_keep_their_rows(
+async def test_rows_are_right_while_turns_are_preempted_cancelled_and_updated(
     mixture_dir: Path,
 ) -> None:
-    state, block_bytes = make_mixture_state(8), 3 * 2 * 2 * 32 * 32 * 4
+    """The cache is so small that turns lose their blocks to each other all the time."""
+    states, block_bytes = [make_mixture_state(seed) for seed in range(8)], 3 * 2 * 2 * 32 * 32 * 4
     options = ServerOptions(
         mixture_dir, "float32", 96, 8, 64, kv_cache_bytes=9 * block_bytes, record_routing=True
     )
     engine = VllmEngine(VllmServer(options), dtype=torch.float32, context_tokens=96, sync=Sync())
     async with started(engine):
-        await engine.update(0, state, None)
-        specs = [make_spec(f"r{i}", make_prompt(20 + i, 24), new=48) for i in range(6)]
-        results = await asyncio.gather(*[engine.sample(spec) for spec in specs])
+        await engine.update(0, states[0], None)
+        specs = [make_spec(f"r{i}", make_prompt(i % 5, 20 + i), new=45) for i in range(24)]
+        turns = [asyncio.ensure_future(engine.sample(spec)) for spec in specs]
+        for version, state in enumerate(states[1:], 1):
+            await asyncio.sleep(0.05)
+            turns[3 * version].cancel()
+            await engine.update(version, state, None)
+        results = await asyncio.gather(*turns, return_exceptions=True)
         assert engine.load().counters["preemptions"] > 0
+    crossed = 0
     for spec, result in zip(specs, results, strict=True):
-        check_rows(spec, result, 0, state)
+        if isinstance(result, asyncio.CancelledError):
+            continue
+        assert isinstance(result, SampleResult)
+        crossed += len(set(stamps_of(result))) > 1
+        for version in set(stamps_of(result)):
+            check_rows(spec, result, version, states[version])
+    assert crossed
 
 
 async def test_two_ranks_hold_their_parts_of_every_expert_and_the_first_records(
