@@ -3,7 +3,8 @@
 Two comparisons, both bit for bit. What a module loaded, in its fused and sharded layout, is
 compared with the source. What it packed of that is asked for by the forward itself: a row of zeros
 with a single one, times the packed matrix, is a column of it, and exact in every dtype. A few
-columns per update, others each time, find a copy that was not made anew.
+columns per update, others each time, find a copy that was not made anew. Weights that are packed in
+place and enter no single product (experts) are compared with a packing of the source, whole.
 
 Shapes: M probed columns, N outputs, K inputs.
 """
@@ -23,6 +24,12 @@ from shared.weights.local_tensors import bits_of, box_of
 PROBED_COLUMNS = 8
 
 Source = Mapping[str, torch.Tensor]
+Pack = Callable[[torch.Tensor], torch.Tensor]
+
+
+def as_loaded(module: torch.nn.Module, name: str) -> Pack | None:
+    """Say of no parameter that it is packed in place."""
+    return None
 
 
 class WrongCopy(RuntimeError):
@@ -30,12 +37,24 @@ class WrongCopy(RuntimeError):
 
 
 class LoadingCheck:
-    """Watches modules pack their weights (vLLM: `quant_method.process_weights_after_loading`)."""
+    """Watches modules pack their weights (vLLM: `quant_method.process_weights_after_loading`).
 
-    def __init__(self, model: torch.nn.Module, layout: Layout) -> None:
+    Args:
+        model: of the engine.
+        layout: where it keeps the published tensors once they are loaded.
+        packing: how a module packs a parameter in place; None: it stays as it was loaded.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layout: Layout,
+        packing: Callable[[torch.nn.Module, str], Pack | None] = as_loaded,
+    ) -> None:
         self.enabled = True
         self._model = model
         self._layout = layout
+        self._packing = packing
         self._source: Source | None = None
         self._num_probes = 0
         self._compared: set[str] = set()
@@ -68,10 +87,14 @@ class LoadingCheck:
         """
         chosen = set(modules) if self.enabled else set[str]()
         for local in self._layout.tensors:
-            module, _, name = local.rpartition(".")
-            if module in chosen and local not in self._compared:
-                tensor = self._model.get_submodule(module).get_parameter(name)
-                self._compare(local, tensor, source)
+            path, _, name = local.rpartition(".")
+            if path in chosen and local not in self._compared:
+                module = self._model.get_submodule(path)
+                tensor, pack = module.get_parameter(name), self._packing(module, name)
+                if pack is None:
+                    self._compare(local, tensor, source)
+                else:
+                    self._compare_packed(local, tensor, pack, source)
         self._compared = set()
 
     def _watch(self, pack: Callable[[torch.nn.Module], None], module: torch.nn.Module) -> None:
@@ -93,6 +116,17 @@ class LoadingCheck:
             expected = source[placement.source][box].to(tensor.device)
             if not same_bits(box_of(tensor, placement), expected):
                 raise WrongCopy(f"{local!r} does not hold {placement.piece} as it was published")
+
+    def _compare_packed(self, local: str, tensor: torch.Tensor, pack: Pack, source: Source) -> None:
+        """Pack the source once more: whatever shape packing has, the bits must agree."""
+        loaded = tensor.new_zeros(self._layout.tensors[local].shape)
+        for placement in self._layout.tensors[local].placements:
+            start, size = placement.start, placement.size
+            box = tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+            box_of(loaded, placement).copy_(source[placement.source][box])
+        expected = pack(loaded)
+        if expected.shape != tensor.shape or not same_bits(expected, tensor):
+            raise WrongCopy(f"the packed {local!r} is not of what was published")
 
     def _probe(self, local: str, module: torch.nn.Module, weight_NK: torch.Tensor) -> None:
         num_inputs = weight_NK.shape[1]

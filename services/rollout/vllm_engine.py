@@ -26,6 +26,7 @@ from services.rollout.engine import EngineDead, EngineLoad, SampleResult, Sample
 from services.rollout.request_check import check_spec
 from services.rollout.state_check import check_state
 from services.rollout.vllm_port import Output, Server, Sync
+from services.rollout.vllm_records import records_of
 from shared.weights.digests import version_digest
 from shared.wire.base import Array
 from shared.wire.messages import SampledTokens
@@ -114,7 +115,7 @@ class VllmEngine:
             output = await self._ended_by_death(turn, self._server.generate(spec, str(began_at)))
         finally:
             del self._turns[spec.request_id]
-        return self._result(output, began_at)
+        return self._result(spec, output, began_at)
 
     async def update(
         self, version: int, state: Mapping[str, torch.Tensor], changed: Set[str] | None
@@ -221,7 +222,7 @@ class VllmEngine:
             turn.go.set()
 
     # --- results
-    def _result(self, output: Output, began_at: int) -> SampleResult:
+    def _result(self, spec: SampleSpec, output: Output, began_at: int) -> SampleResult:
         spans = tuple(Span(version=int(v), start=a, stop=b) for v, a, b in output.labels if b > a)
         for position, logprob in enumerate(output.logprobs):
             if not math.isfinite(logprob):
@@ -236,6 +237,7 @@ class VllmEngine:
             logprobs=Array.of(output.logprobs, "f4"),
             spans=spans,
             mixed_kv=mixed,
+            routing=records_of(output.routing, spans, len(spec.token_ids), spec.routing_held),
         )
         return SampleResult(sampled, output.finish)
 

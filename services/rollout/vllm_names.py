@@ -9,6 +9,12 @@ from __future__ import annotations
 BACKEND = "lagwise"
 """Of the weight transfer."""
 
+ROUTING = "lagwise_routing"
+"""In vLLM's additional configuration: whether routing is recorded. Also the call that takes it."""
+
+ROUTING_KEY = "routing"
+"""In a request's extra arguments: the key under which its routing is taken."""
+
 WORKER_EXTENSION = "services.rollout.vllm_worker.RolloutWorker"
 
 OWNER_VARIABLE = "LAGWISE_ROLLOUT_PID"

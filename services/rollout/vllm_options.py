@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from services.rollout.vllm_names import BACKEND, WORKER_EXTENSION
+from services.rollout.vllm_names import BACKEND, ROUTING, WORKER_EXTENSION
 from shared.weights.qwen3_layout import Qwen3Shape, qwen3_layout
 
 ENVIRONMENT = {
@@ -25,6 +25,9 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
 }
 """Set where the environment does not say otherwise, before vLLM is imported."""
+
+RECORDING_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+"""Set where routing is recorded: by the steps of the older model runner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class ServerOptions:
     gpu_memory_utilization: float = 0.9
     block_tokens: int = 32
     shared_dir: Path = Path("/dev/shm")
+    record_routing: bool = False
+    """Record which experts the router takes for every token."""
     scheduler_class: str = ""
     """Import path of a scheduler, for tests that hold turns at a token boundary."""
 
@@ -62,6 +67,8 @@ def engine_arguments(options: ServerOptions) -> Any:
         more["kv_cache_memory_bytes"] = options.kv_cache_bytes or 256 << 20
     if options.tensor_parallel_size == 1:
         more["distributed_executor_backend"] = "uni"
+    if options.record_routing:
+        more["additional_config"] = {ROUTING: True}
     if options.scheduler_class:
         more["scheduler_cls"] = options.scheduler_class
     return AsyncEngineArgs(
@@ -102,6 +109,16 @@ def choose_start_method() -> None:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     elif current_platform.is_cpu():
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+
+
+def check_records(shape: Qwen3Shape, model_dir: Path) -> None:
+    """Refuse to record the routing of a model that does not route.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if not shape.moe_layers:
+        raise ValueError(f"{model_dir} has no experts to record: take model.routing: recompute")
 
 
 def check_head_size(head_dim: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy.typing as npt
 import torch
 
 from services.rollout.engine import EngineLoad, SampleSpec
@@ -13,6 +14,16 @@ from shared.wire.weights import TensorSpec
 
 Mode = Literal["keep", "interrupt", "wait"]
 PauseMode = Literal["keep", "abort", "wait"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recorded:
+    """Experts of tokens [start, start + T) of prefix and answer, computed under one version."""
+
+    label: str
+    start: int
+    experts: npt.NDArray[Any]
+    """u1 or u2 [T, L, K]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +35,8 @@ class Output:
     labels: Sequence[tuple[str, int, int]]
     """(version label, start, stop), tiling the tokens."""
     finish: Literal["stop", "length", "interrupted"]
+    routing: Sequence[Recorded] = ()
+    """In the order of computation, and more than the answer needs."""
 
 
 @dataclass(frozen=True, slots=True)

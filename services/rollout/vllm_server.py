@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from services.rollout.config import RolloutSection
@@ -21,17 +22,19 @@ from services.rollout.engine import EngineDead, EngineLoad, SampleSpec
 from services.rollout.sampling import seed_bits
 from services.rollout.shared_tensors import SharedTensors
 from services.rollout.vllm_engine import VllmEngine
-from services.rollout.vllm_names import OWNER_VARIABLE
+from services.rollout.vllm_names import OWNER_VARIABLE, ROUTING, ROUTING_KEY
 from services.rollout.vllm_options import (
     ENVIRONMENT,
+    RECORDING_ENVIRONMENT,
     ServerOptions,
     check_head_size,
+    check_records,
     choose_start_method,
     engine_arguments,
     published_shapes,
     read_config,
 )
-from services.rollout.vllm_port import Output, PauseMode, Sync
+from services.rollout.vllm_port import Output, PauseMode, Recorded, Sync
 from shared.weights.qwen3_layout import Qwen3Shape, qwen3_layout
 from shared.wire.weights import TensorSpec
 
@@ -55,6 +58,9 @@ class VllmServer:
         shape = Qwen3Shape.of(raw)
         qwen3_layout(shape, 0, options.tensor_parallel_size)  # heads must divide among ranks
         check_head_size(shape.head_dim)
+        if options.record_routing:
+            check_records(shape, options.model_dir)
+            os.environ.update(RECORDING_ENVIRONMENT)
         if options.context_tokens > int(raw["max_position_embeddings"]):
             raise ValueError(
                 f"context_tokens {options.context_tokens} exceeds the model's "
@@ -68,6 +74,7 @@ class VllmServer:
         self._stats: Any = None
         self._seeding = ""
         self._num_scores = 0
+        self._num_recorded = 0
         self._aborts: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -108,7 +115,8 @@ class VllmServer:
 
         llm = self._llm
         await llm.start_weight_update()
-        await llm.update_weights(WeightTransferUpdateRequest(update_info={"names": list(names)}))
+        info = {"names": list(names), "label": label}
+        await llm.update_weights(WeightTransferUpdateRequest(update_info=info))
         await llm.finish_weight_update(label)
 
     async def pause(self, mode: PauseMode, *, clear_cache: bool) -> None:
@@ -126,6 +134,12 @@ class VllmServer:
 
         native = self._seeding == "native"
         seed = seed_bits(spec.seed)
+        extra: dict[str, Any] = {}
+        if not native:
+            extra = {"seed": seed, "seed_offset": spec.seed_offset}
+        if self._options.record_routing:
+            self._num_recorded += 1
+            extra[ROUTING_KEY] = str(self._num_recorded)
         params = SamplingParams(
             temperature=spec.sampling.temperature,
             max_tokens=spec.max_new_tokens,
@@ -136,7 +150,7 @@ class VllmServer:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             seed=seed >> 1 if native else None,
-            extra_args=None if native else {"seed": seed, "seed_offset": spec.seed_offset},
+            extra_args=extra or None,
             skip_clone=True,
         )
         prompt = tokens_input(list(spec.token_ids), cache_salt=salt)
@@ -144,6 +158,7 @@ class VllmServer:
         try:
             async for output in self._llm.generate(prompt, params, spec.request_id):
                 final = output.outputs[0]
+            routing = await self._routing_of(extra.get(ROUTING_KEY))
         except EngineDeadError as error:
             raise EngineDead(self.failure() or "the engine process is gone") from error
         except EngineGenerateError as error:
@@ -156,7 +171,25 @@ class VllmServer:
             logprobs=final.logprobs.logprobs if final.logprobs else (),
             labels=[(s.version, s.start, s.end) for s in final.weight_versions or ()],
             finish=finish,
+            routing=routing,
         )
+
+    async def _routing_of(self, key: str | None) -> list[Recorded]:
+        """Take what the worker recorded of a request that ended; of cancelled ones it forgets."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if key is None:
+            return []
+        try:
+            parts = (await self._llm.collective_rpc(ROUTING, args=(key,)))[0]
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            raise EngineDead(f"the engine does not say its routing: {error}") from error
+        return [
+            Recorded(label, start, np.frombuffer(data, dtype).reshape(shape))
+            for label, start, dtype, shape, data in parts
+        ]
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         from vllm.inputs.engine import tokens_input
@@ -220,13 +253,11 @@ class VllmServer:
 def make_vllm_engine(
     model_dir: Path, section: RolloutSection, *, context_tokens: int, record_routing: bool = False
 ) -> VllmEngine:
-    """Build the configured engine.
+    """Build the configured engine; `record_routing` for `model.routing: replay`.
 
     Raises:
         ValueError: a model that the engine cannot hold or compute, named.
     """
-    if record_routing:
-        raise ValueError("model.routing: replay: rollout.engine vllm does not record routing")
     assert section.dtype != "float64"  # refused by the configuration
     server = VllmServer(
         ServerOptions(
@@ -240,6 +271,7 @@ def make_vllm_engine(
             gpu_memory_utilization=section.vllm.gpu_memory_utilization,
             block_tokens=section.vllm.block_tokens,
             shared_dir=Path(section.vllm.shared_dir),
+            record_routing=record_routing,
         )
     )
     return VllmEngine(

@@ -3,10 +3,11 @@
 
 A backend of vLLM's weight transfer (`vllm.distributed.weight_transfer`), so that updates run
 through its own four phases: init, start, update, finish. Loading is vLLM's layerwise reload, which
-fuses, shards and packs as at start. Three things it does not do are done here:
+fuses, shards and packs as at start. Four things it does not do are done here:
 
 * A module is loaded as a whole: one whose q_proj alone changed would get an undefined k and v.
 * A tied head keeps the packed copy of its *old* weights on CPUs: it is packed again.
+* Experts keep their first packing on CPUs: `vllm_experts.py` has them packed by every load.
 * Nothing is believed: `loading_check.py` compares what each module loaded and packed.
 """
 
@@ -33,7 +34,10 @@ from vllm.model_executor.model_loader.reload import (
 
 from services.rollout.loading_check import LoadingCheck
 from services.rollout.shared_tensors import SharedTensors
-from services.rollout.vllm_names import BACKEND
+from services.rollout.vllm_experts import pack_every_load, packing
+from services.rollout.vllm_names import BACKEND, ROUTING
+from services.rollout.vllm_recorder import RoutingRecorder
+from services.rollout.vllm_routing import RouterOutputs
 from shared.weights.layouts import Layout
 from shared.weights.qwen3_layout import EMBED, HEAD, Qwen3Shape, qwen3_layout
 
@@ -50,6 +54,8 @@ class ChangedNames(WeightTransferUpdateInfo):
     """Which of them differ from what the engine holds."""
 
     names: list[str]
+    label: str = ""
+    """Of the version; needed where routing is recorded."""
 
 
 class SharedMemoryTransfer(WeightTransferEngine):
@@ -68,11 +74,19 @@ class SharedMemoryTransfer(WeightTransferEngine):
         self._tied = shape.tied
         self._shapes = qwen3_layout(shape, 0, 1).sources
         num_ranks = self.parallel_config.tensor_parallel_size
-        self._layout = qwen3_layout(shape, get_tensor_model_parallel_rank(), num_ranks)
-        self.check = LoadingCheck(model, self._layout)
+        rank = get_tensor_model_parallel_rank()
+        self._layout = qwen3_layout(shape, rank, num_ranks)
+        pack_every_load(model)
+        self.check = LoadingCheck(model, self._layout, packing)
+        # Here: the model is made, its graphs are not captured yet. All ranks route alike.
+        records = vllm_config.additional_config.get(ROUTING) and rank == 0
+        self.router_outputs = RouterOutputs(model, vllm_config, device) if records else None
         self._modules = sources_by_module(self._layout)
         self._loaded: set[str] = set()
         """Modules of the update in progress."""
+        self._label = ""
+        """Of the update in progress."""
+        self.recorder: RoutingRecorder | None = None
         self._area: SharedTensors | None = None
 
     def init_transfer_engine(self, init_info: AreaInfo) -> None:
@@ -81,6 +95,8 @@ class SharedMemoryTransfer(WeightTransferEngine):
 
     def start_weight_update(self) -> None:
         self._loaded = set()
+        if self.recorder is not None:
+            self.recorder.begin_update()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ChangedNames) -> None:
@@ -88,6 +104,7 @@ class SharedMemoryTransfer(WeightTransferEngine):
         tensors = self._area.tensors
         modules = modules_to_load(self._modules, update_info.names)
         self._loaded.update(modules)
+        self._label = update_info.label
         with self.check.watching(tensors):
             self.model.load_weights(
                 (name, tensors[name]) for module in modules for name in self._modules[module]
@@ -100,6 +117,8 @@ class SharedMemoryTransfer(WeightTransferEngine):
             if self._tied and EMBED.removesuffix(".weight") in self._loaded:
                 self._pack_head()
         self.check.compare(self._loaded, self._area.tensors)
+        if self.recorder is not None:
+            self.recorder.finish_update(self._label)
 
     def shutdown(self) -> None:
         self._area = None

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 
 from services.rollout.sampling import draw_bits
 from services.rollout.vllm_names import OWNER_VARIABLE
+from services.rollout.vllm_routing import install_recorder
 from services.rollout.vllm_transfer import register_backend
 
 WATCH_S = 0.5
@@ -41,10 +42,22 @@ class RolloutWorker:
         the older one draws from a generator per request, whose state a resumed turn would not
         have, and which CPUs cannot rewind after a partial prefill; it draws by counter instead.
         """
+        transfer = self.weight_transfer_engine
+        if transfer.router_outputs is not None:
+            assert not self.use_v2_model_runner, "its steps are not recorded"
+            transfer.recorder = install_recorder(self.model_runner, transfer.router_outputs)
         if self.use_v2_model_runner:
             return "native"
         CountedDraws(self.model_runner).install()
         return "counted"
+
+    def lagwise_routing(self, key: str) -> list[Any]:
+        """Take the routing of a request that ended: [label, first token, dtype, shape, bytes]..."""
+        recorder = self.weight_transfer_engine.recorder
+        return [
+            [s.label, s.start, s.rows.dtype.str, list(s.rows.shape), s.rows.tobytes()]
+            for s in (recorder.take(key) if recorder is not None else ())
+        ]
 
     def lagwise_checking(self, enabled: bool) -> None:
         """Compare what is loaded, or (for the benchmark) do not."""

@@ -146,3 +146,23 @@ def test_bits_are_compared_in_every_alignment(dtype: torch.dtype, box: tuple[sli
             assert not same_bits(left[box], changed[box])
     zeros = torch.zeros(2, 8, dtype=dtype)
     assert not same_bits(zeros, -zeros)
+
+
+def test_weights_packed_in_place_are_compared_with_a_packing_of_the_source() -> None:
+    def pack(loaded: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(loaded, (0, 1)).flip(0)
+
+    model = torch.nn.Module()
+    model.qk = torch.nn.Module()
+    source = make_source(0)
+    plain = torch.cat([source["q"], source["k"]])
+    model.qk.weight = torch.nn.Parameter(pack(plain), requires_grad=False)
+    check = LoadingCheck(model, LAYOUT, lambda _, name: pack if name == "weight" else None)
+    check.compare({"qk"}, source)
+    changed = source | {"k": source["k"].clone()}
+    changed["k"].view(torch.int32)[1, 3] ^= 1
+    with pytest.raises(WrongCopy, match=r"packed 'qk.weight' is not of what was published"):
+        check.compare({"qk"}, changed)
+    model.qk.weight = torch.nn.Parameter(plain, requires_grad=False)
+    with pytest.raises(WrongCopy, match=r"packed 'qk.weight'"):
+        check.compare({"qk"}, source)

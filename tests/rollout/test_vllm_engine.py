@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 import torch
 
 from services.rollout import vllm_engine
-from services.rollout.engine import EngineDead, SampleResult
+from services.rollout.engine import EngineDead, SampleResult, SampleSpec
 from services.rollout.vllm_engine import VllmEngine
-from services.rollout.vllm_port import Sync
+from services.rollout.vllm_port import Output, Recorded, Sync
 from tests.rollout.engines import ids_of, make_spec, stamps_of
 from tests.rollout.simulated_server import SimulatedServer
 
@@ -236,3 +237,31 @@ async def test_scores_are_rows_of_the_lengths_given() -> None:
         scored = await engine.score([np.array([1, 2, 3]), np.array([4])])
         assert [row.tolist() for row in scored] == [[0.0, -2.0, -2.0], [0.0]]
         assert await engine.score([]) == []
+
+
+class RecordingServer(SimulatedServer):
+    """Its model has one layer with experts; token t of a request took expert t."""
+
+    async def generate(self, spec: SampleSpec, salt: str) -> Output:
+        output = await super().generate(spec, salt)
+        num_tokens = len(spec.token_ids) + len(output.token_ids)
+        rows = np.arange(num_tokens, dtype=np.uint8).reshape(-1, 1, 1)
+        routing = [Recorded(label, 0, rows) for label, _, _ in output.labels]
+        return replace(output, routing=routing)
+
+
+async def test_recorded_routing_is_sent_by_version_without_what_the_caller_holds() -> None:
+    server = RecordingServer(0, SHAPES)
+    engine = VllmEngine(server, dtype=torch.float32, context_tokens=96, sync=Sync())
+    await engine.start()
+    await engine.update(4, STATE, None)
+    prefix = range(10)
+    first = await engine.sample(make_spec("r", prefix, new=5))
+    held = await engine.sample(make_spec("s", prefix, new=5, routing_held=(4, 8)))
+    other = await engine.sample(make_spec("t", prefix, new=5, routing_held=(3, 8)))
+    await engine.close()
+    for result, start in ((first, 0), (held, 8), (other, 0)):
+        (record,) = result.sampled.routing
+        num_context = 10 + len(ids_of(result)) - 1
+        assert (record.version, record.start, record.stop) == (4, start, num_context)
+        assert record.experts.numpy()[:, 0, 0].tolist() == list(range(start, num_context))

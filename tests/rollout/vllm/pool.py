@@ -30,7 +30,9 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 class HeldEngine(VllmEngine):
     """An engine whose turns can be held at a token boundary."""
 
-    def __init__(self, model_dir: Path, dtype: Any, folder: Path) -> None:
+    def __init__(
+        self, model_dir: Path, dtype: Any, folder: Path, *, record_routing: bool = False
+    ) -> None:
         self.gate = folder / "gate"
         self.hold_at(None)
         options = ServerOptions(
@@ -40,6 +42,7 @@ class HeldEngine(VllmEngine):
             max_running=8,
             step_tokens=64,
             kv_cache_bytes=16 << 20,
+            record_routing=record_routing,
             scheduler_class="tests.rollout.vllm.held_scheduler.HeldScheduler",
         )
         self.server = VllmServer(options)
@@ -84,7 +87,8 @@ class Pool:
         folder = self.folder / str(self.started)
         folder.mkdir()
         shutil.copy(model_dir / "config.json", folder)
-        engine = HeldEngine(folder, dtype, folder)
+        mixture = '"qwen3_moe"' in config
+        engine = HeldEngine(folder, dtype, folder, record_routing=mixture)
         self._all.append(engine)
         await engine.start()
         return engine
