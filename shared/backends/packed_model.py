@@ -9,6 +9,8 @@ experts, K experts per token.
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from shared.backends.base import ForwardOutput
 from shared.backends.last_mlp import LastMlpRows
 from shared.backends.packed_attention import plan_attention, take_rows
 from shared.backends.routing_replay import ROWS, RoutingReplay
+
+HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25}
 
 
 class PackedModel(torch.nn.Module):
@@ -74,6 +78,33 @@ class PackedModel(torch.nn.Module):
                 attention_plan=plan_attention(lengths, token_ids_T.device),
                 **replayed,
             ).last_hidden_state[0]
+
+    def check_head(self, source: Path) -> None:
+        """Refuse a model whose logits are not its head applied to the final hidden states.
+
+        Raises:
+            ValueError: names the directory it was loaded from; one line.
+        """
+        head = self.model.get_output_embeddings()
+        size = min(5, self.num_vocab)
+        ids_T = torch.arange(size, device=head.weight.device)
+        rows_N = torch.tensor([size - 1], device=ids_T.device)
+        with torch.no_grad():
+            want_V = self.model(
+                input_ids=ids_T[None],
+                position_ids=ids_T[None],
+                use_cache=False,
+                attention_plan=plan_attention((size,), ids_T.device),
+            ).logits[0, -1]
+            hidden_TD = self.hidden(ids_T, ids_T, (size,), rows_N)
+            got_V = torch.nn.functional.linear(hidden_TD[rows_N[0]], head.weight, head.bias)
+        error = float((want_V.double() - got_V.double()).abs().max())
+        tolerance = HEAD_TOLERANCE[head.weight.dtype] * max(1.0, float(got_V.abs().max()))
+        if not (math.isfinite(error) and error <= tolerance):
+            raise ValueError(
+                f"model {source}: {type(self.model).__name__} computes logits that are not its "
+                f"head applied to its hidden states (off by {error:.3g}); it is not supported"
+            )
 
 
 def wanted_rows(batch: PackedBatch) -> torch.Tensor:

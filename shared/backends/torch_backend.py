@@ -12,7 +12,6 @@ Shapes: T tokens of a packed batch, N of them whose log-prob is wanted, D hidden
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ from shared.backends.hf_files import HfFiles, check_given, write_hf
 from shared.backends.hf_model import ignored_tensors, load_empty, load_model, widen_norms
 from shared.backends.hf_names import Place, owners, published_places, stream, write
 from shared.backends.layer_options import LayerOptions, apply_options
-from shared.backends.packed_attention import plan_attention
 from shared.backends.packed_model import (
     PackedModel,
     check_token_ids,
@@ -40,8 +38,6 @@ from shared.backends.packed_model import (
 )
 from shared.backends.routing import ROUTING
 from shared.backends.snapshot import TensorSnapshot, take
-
-HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.25}
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ class TorchBackend:
             places=published_places(packed.model),
         )
         if self._mesh is None:
-            self._check_head(loaded)
+            packed.check_head(path)
         self._loaded = loaded
 
     def _make_optimizer(self, packed: PackedModel) -> MasterAdamW:
@@ -306,26 +302,3 @@ class TorchBackend:
             routing_TLK,
         )
         return spread(batch, rows_N, logprobs_N, entropy_N)
-
-    def _check_head(self, at: _Loaded) -> None:
-        """Refuse a model whose logits are not its head applied to the final hidden states."""
-        size = min(5, at.packed.num_vocab)
-        ids_T = torch.arange(size, device=self.device)
-        rows_N = torch.tensor([size - 1], device=self.device)
-        head = at.model.get_output_embeddings()
-        with torch.no_grad():
-            want_V = at.model(
-                input_ids=ids_T[None],
-                position_ids=ids_T[None],
-                use_cache=False,
-                attention_plan=plan_attention((size,), self.device),
-            ).logits[0, -1]
-            hidden_TD = at.packed.hidden(ids_T, ids_T, (size,), rows_N)
-            got_V = torch.nn.functional.linear(hidden_TD[rows_N[0]], head.weight, head.bias)
-        error = float((want_V.double() - got_V.double()).abs().max())
-        tolerance = HEAD_TOLERANCE[self.dtype] * max(1.0, float(got_V.abs().max()))
-        if not (math.isfinite(error) and error <= tolerance):
-            raise ValueError(
-                f"model {at.source}: {type(at.model).__name__} computes logits that are not its "
-                f"head applied to its hidden states (off by {error:.3g}); it is not supported"
-            )

@@ -52,6 +52,17 @@ save_and_load = partial(both_cases.save_and_load, open_backend)
 continue_from = partial(both_cases.continue_from, open_backend)
 
 
+def routing_refusal(arguments: dict[str, Any]) -> None:
+    """Write why rows of more layers than the model has are refused; then score sound ones."""
+    layers = arguments["routed"]
+    backend = open_backend(arguments, arguments["runs"][0][0])
+    try:
+        backend.score(packs(0, 0, [[0, 1]], routed=layers + 1)[0], temperature=TEMPERATURE)
+    except ValueError as error:
+        (Path(arguments["out"]) / "refusal.txt").write_text(str(error))
+    backend.score(packs(0, 0, [[0, 1]], routed=layers)[0], temperature=TEMPERATURE)
+
+
 def refusal(arguments: dict[str, Any]) -> None:
     """Write why a model is refused; the process goes on."""
     try:

@@ -139,13 +139,17 @@ def test_a_checkpoint_goes_on_bit_for_bit_and_on_another_layout(
     assert share <= MAX_SHARE
 
 
-def test_bfloat16_with_masters_trains_and_resumes(run_ranks, tmp_path):
-    path = write_model(tmp_path / "m", "qwen3", 3)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("qwen3", {"tp": 2}), ("qwen3_moe", {"tp": 2, "sp": True})],
+)
+def test_bfloat16_with_masters_trains_and_resumes(run_ranks, tmp_path, kind: str, layout: dict):
+    path = write_model(tmp_path / "m", kind, 3)
     out = run_ranks(
         "megatron_cases:save_and_load",
         2,
         runs=[(str(path), 3)],
-        layout={"tp": 2},
+        layout=layout,
         dtype="bfloat16",
     )
     straight = load_file(out / "straight.safetensors")

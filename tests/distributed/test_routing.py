@@ -89,3 +89,10 @@ def test_recomputed_layers_of_a_pipeline_train_to_the_same_bits(run_ranks, model
     plain, recomputed = (run_ranks(case, 2, **given, recompute=r) for r in (False, True))
     name = "after0.safetensors"
     assert same(load_file(plain / name), load_file(recomputed / name))
+
+
+@megatron
+def test_rows_of_another_model_are_refused_by_every_rank(run_ranks, models):
+    given = {"runs": [(str(models[0][0]), 0)], "layout": {"pp": 2}, "routed": LAYERS}
+    out = run_ranks("megatron_cases:routing_refusal", 2, **given)
+    assert "routing [32, 5, 2] is not" in (out / "refusal.txt").read_text()

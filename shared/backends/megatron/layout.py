@@ -22,7 +22,7 @@ class Layout:
     pp: int = 1
     """Pipeline parallel: layers."""
     ep: int = 1
-    """Expert parallel, among the data-parallel ranks."""
+    """Expert parallel, among the data- and tensor-parallel ranks."""
     sp: bool = False
     """Sequence parallel: norms and residuals split by tokens over the tensor-parallel ranks."""
 
