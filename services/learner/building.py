@@ -20,6 +20,7 @@ from services.learner.task_source import TaskSource
 from shared.backends.adamw import AdamWSettings
 from shared.backends.base import Backend
 from shared.backends.building import BackendSpec
+from shared.backends.expert_layers import replayed
 from shared.backends.rank_commands import RanksFailed
 from shared.backends.ranks import Ranks, open_ranks
 from shared.runtime.context import Context
@@ -57,7 +58,9 @@ def load_backend(config: LearnerConfig, ranks: Ranks, *, trains: bool = True) ->
     optimizer = config.learner.optimizer
     adamw = AdamWSettings(betas=optimizer.betas, weight_decay=optimizer.weight_decay)
     try:
-        return ranks.build(BackendSpec.of(config.model, adamw if trains else None))
+        backend = ranks.build(BackendSpec.of(config.model, adamw if trains else None))
+        replayed(backend, config.model.routing)  # or it refuses now, in one line
+        return backend
     except (ValueError, OSError) as error:
         text = str(error)
         raise ConfigError(text if text.startswith("model.") else f"model.source: {text}") from error

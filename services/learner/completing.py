@@ -14,6 +14,7 @@ from services.learner.partials import Attempt, PartialBook, token_scores
 from services.learner.staging import TerminalArrived
 from shared.algo.batching import balance
 from shared.backends.base import Backend
+from shared.backends.expert_layers import ExpertLayers
 from shared.backends.trajectory_scoring import (
     LayoutKind,
     Piece,
@@ -73,6 +74,8 @@ class Completer:
     layout: LayoutKind
     temperature: float
     pack_tokens: int
+    experts: ExpertLayers | None = None
+    """What recorded routing is replayed."""
 
     def complete(
         self,
@@ -116,7 +119,7 @@ class Completer:
         attempt = (event.ticket_id, event.attempt_id)
         pieces = self._pieces(trajectory)
         score = TrajectoryScore(trajectory, pieces, self.backend.dtype)
-        fits = not objection(trajectory, self.num_vocab)
+        fits = not objection(trajectory, self.num_vocab, self.experts)
         jobs: list[_Job] = []
         lost = 0
         for index, piece in enumerate(pieces):
@@ -134,7 +137,7 @@ class Completer:
     def _of_partial(
         self, attempt: Attempt, partial: PartialTrajectory, book: PartialBook, version: int
     ) -> list[_Job]:
-        if objection(partial, self.num_vocab):
+        if objection(partial, self.num_vocab, self.experts):
             return []
         return [
             _Job(attempt, piece, None)

@@ -38,6 +38,7 @@ from services.learner.step_telemetry import bounds
 from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
 from shared.backends.base import Backend
+from shared.backends.expert_layers import replayed
 from shared.backends.ranks import Ranks
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
@@ -159,6 +160,7 @@ class _Shell:
                 layout=section.layout,
                 temperature=config.sampling.temperature,
                 pack_tokens=config.learner.optimizer.micro_batch_tokens,
+                experts=replayed(backend, config.model.routing),
             ),
             self._put_control,
             timeout_s=section.fence_timeout_s,

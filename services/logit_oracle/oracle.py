@@ -31,6 +31,7 @@ from services.logit_oracle.orders import (
 )
 from services.logit_oracle.storing import store_score
 from services.logit_oracle.versions import Versions
+from shared.backends.expert_layers import ExpertLayers
 from shared.backends.trajectory_scoring import TrajectoryScore, objection, pieces_of
 from shared.runtime.bus import Job, WorkQueue
 from shared.runtime.context import Context
@@ -72,6 +73,7 @@ class Oracle:
         history: WeightHistory,
         follower: Follower,
         num_vocab: int,
+        experts: ExpertLayers | None = None,
     ) -> None:
         section = config.logit_oracle
         self._context = context
@@ -83,6 +85,7 @@ class Oracle:
         self._follower = follower
         self._versions = Versions(context, section, history, follower, self._tell)
         self._num_vocab = num_vocab
+        self._experts = experts
         self._elevator = Elevator(
             pack_tokens=section.pack_tokens,
             max_wait_s=section.max_wait_s,
@@ -208,7 +211,7 @@ class Oracle:
         score = TrajectoryScore(outcome, pieces, self._bench.dtype)
         renew_at = time.monotonic() + self._section.ack_wait_s / 3
         self._open[number] = _Open(job, terminal.ticket_id, score, renew_at)
-        problem = objection(outcome, self._num_vocab)
+        problem = objection(outcome, self._num_vocab, self._experts)
         if problem:
             lost = sum(score.give_up(index) for index in range(len(pieces)))
             self._context.count("unscorable_tokens", lost)

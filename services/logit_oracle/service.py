@@ -18,6 +18,7 @@ from services.logit_oracle.bench import Bench
 from services.logit_oracle.config import LogitOracleConfig
 from services.logit_oracle.oracle import Oracle
 from shared.backends.building import BackendSpec
+from shared.backends.expert_layers import replayed
 from shared.backends.rank_commands import RanksFailed
 from shared.backends.rank_follower import follow as follow_leader
 from shared.backends.ranks import Ranks, open_ranks
@@ -84,6 +85,7 @@ async def _serve_on(context: Context, config: LogitOracleConfig, ranks: Ranks) -
     try:
         backend = await asyncio.to_thread(ranks.build, BackendSpec.of(config.model))
         num_vocab = vocabulary(source)
+        experts = replayed(backend, config.model.routing)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not await context.streams_exist(section.streams_timeout_s):
@@ -100,6 +102,7 @@ async def _serve_on(context: Context, config: LogitOracleConfig, ranks: Ranks) -
         history=history,
         follower=make_follower(config.weights, context.bus, history, context.log),
         num_vocab=num_vocab,
+        experts=experts,
     )
     context.log.info("serving", model=str(source), layout=bench.layout.model_dump())
     try:

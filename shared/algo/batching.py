@@ -23,7 +23,7 @@ class PackedBatch:
     lengths: tuple[int, ...]
     """Length of each of the B sequences, in order; they sum to T."""
     per_token: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
-    """Further [T] tensors that travel with the tokens: loss_mask, old log-probs, advantages, ..."""
+    """Further tensors [T, ...] that travel with the tokens: loss_mask, advantages, routing, ..."""
 
     @property
     def num_tokens(self) -> int:

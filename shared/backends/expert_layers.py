@@ -5,12 +5,16 @@ Shapes: T tokens of a packed batch, L layers with experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 
 from shared.algo.batching import PackedBatch
 from shared.backends.routing import NOT_RECORDED, ROUTING
+from shared.wire.trajectory import RoutingRecord
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,13 @@ class ExpertLayers:
     """K."""
     experts: int
     """Expert ids are below it."""
+
+
+class HasExperts(Protocol):
+    """A backend, as far as its routers go."""
+
+    @property
+    def expert_layers(self) -> ExpertLayers | None: ...
 
 
 def check_routing(batch: PackedBatch, has: ExpertLayers | None) -> None:
@@ -73,6 +84,40 @@ def check_routing(batch: PackedBatch, has: ExpertLayers | None) -> None:
             f"routing of token {token} is recorded in part in layer {layer} of those with experts, "
             f"{rows_TLK[token, layer].tolist()}: all {has.per_token} experts or none"
         )
+
+
+def check_records(records: Sequence[RoutingRecord], has: ExpertLayers | None) -> str:
+    """Return why records cannot be of these routers, empty when nothing speaks against it."""
+    for record in records:
+        experts_TLK = record.experts.numpy()
+        shape = experts_TLK.shape[1:]
+        if has is None:
+            return "routing was recorded, but experts are not replayed here"
+        if shape != (has.layers, has.per_token):
+            return (
+                f"routing of {shape[0]} layers and {shape[1]} experts a token, the model has "
+                f"{has.layers} and {has.per_token}"
+            )
+        if experts_TLK.max() >= has.experts:
+            return f"routing names expert {experts_TLK.max()}, the model has {has.experts} a layer"
+        ordered_TLK = np.sort(experts_TLK, axis=-1)
+        if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
+            return "routing names an expert twice for a token"
+    return ""
+
+
+def replayed(backend: HasExperts, routing: Literal["recompute", "replay"]) -> ExpertLayers | None:
+    """Return what is replayed under a policy (`model.routing`), None where nothing is.
+
+    Raises:
+        ValueError: replay, and the model has no experts, or its routers cannot be given any.
+    """
+    if routing == "recompute":
+        return None
+    has = backend.expert_layers
+    if has is None:
+        raise ValueError("model.routing replay: the model has no experts; set recompute")
+    return has
 
 
 def chosen(rows_TK: torch.Tensor, own_TK: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from shared.algo.batching import pack
 from shared.algo.version_scoring import parts_by_version
 from shared.backends.base import Backend
+from shared.backends.expert_layers import ExpertLayers, check_records
 from shared.backends.routing import ROUTING, Rows, fully_recorded, not_recorded, routing_rows
 from shared.wire.base import Array, DType
 from shared.wire.messages import SequenceScore, VersionScore
@@ -123,7 +124,7 @@ def score_dtype(dtype: torch.dtype) -> DType:
     return "f8" if dtype == torch.float64 else "f4"
 
 
-def objection(trajectory: Played, num_vocab: int) -> str:
+def objection(trajectory: Played, num_vocab: int, experts: ExpertLayers | None = None) -> str:
     """Return why no version can score this trajectory, empty when nothing speaks against it."""
     for index, sequence in enumerate(trajectory.sequences):
         token_ids = sequence.token_ids.numpy()
@@ -134,6 +135,8 @@ def objection(trajectory: Played, num_vocab: int) -> str:
             )
         if sequence.spans and sequence.spans[0].start == 0:
             return f"sequence {index}: its first token is stamped as sampled, but has no prefix"
+        if problem := check_records(sequence.routing, experts):
+            return f"sequence {index}: {problem}"
     return ""
 
 

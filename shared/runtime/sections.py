@@ -80,7 +80,7 @@ class LayoutSection(Section):
     pp: int = Field(default=1, ge=1)
     """Pipeline stages."""
     ep: int = Field(default=1, ge=1)
-    """Expert parallel ranks, among the data-parallel ones."""
+    """Expert parallel ranks, among the tensor- and data-parallel ones."""
     sp: bool = False
     """Sequence parallel norms and residuals; needs tp above 1."""
 

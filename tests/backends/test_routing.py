@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from shared.backends.expert_layers import ExpertLayers, replayed
 from shared.backends.routing import NOT_RECORDED, fully_recorded, not_recorded, routing_rows
 from shared.wire.base import Array
 from shared.wire.trajectory import RoutingRecord
@@ -63,3 +64,17 @@ def test_every_expert_id_survives(dtype, top, wide):
     assert column(rows) == [0, top]
     assert not_recorded(3, rows).dtype == wide
     assert not_recorded(3, rows).shape == (3, 1, 1)
+
+
+class Model:
+    def __init__(self, expert_layers: ExpertLayers | None) -> None:
+        self.expert_layers = expert_layers
+
+
+def test_replaying_needs_a_model_that_has_experts():
+    has = ExpertLayers(2, 2, 8)
+    assert replayed(Model(has), "replay") == has
+    assert replayed(Model(has), "recompute") is None
+    assert replayed(Model(None), "recompute") is None
+    with pytest.raises(ValueError, match=r"^model\.routing replay: the model has no experts"):
+        replayed(Model(None), "replay")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shared.algo.batching import PackedBatch
+from shared.backends.expert_layers import ExpertLayers
 from shared.backends.torch_backend import TorchBackend
 from shared.backends.trajectory_scoring import (
     TrajectoryScore,
@@ -172,6 +173,29 @@ def test_what_no_version_can_score_is_named(sequence, trajectory) -> None:
     assert objection(trajectory(sequence([(0, 3, 9)])), 41) == ""
     assert "vocabulary of 10" in objection(trajectory(sequence([(0, 3, 9)])), 10)
     assert "no prefix" in objection(trajectory(sequence([(0, 0, 2)])), 41)
+
+
+@pytest.mark.parametrize(
+    ("experts", "has", "problem"),
+    [
+        ([[[0, 5]]], ExpertLayers(1, 2, 6), ""),
+        ([[[0, 6]]], ExpertLayers(1, 2, 6), "names expert 6, the model has 6 a layer"),
+        ([[[5, 5]]], ExpertLayers(1, 2, 6), "names an expert twice"),
+        (
+            [[[0, 5]]],
+            ExpertLayers(2, 2, 6),
+            "1 layers and 2 experts a token, the model has 2",
+        ),
+        ([[[0, 5]]], None, "experts are not replayed here"),
+    ],
+)
+def test_routing_that_the_model_cannot_have_chosen_is_named(
+    sequence, trajectory, experts, has, problem
+) -> None:
+    record = RoutingRecord(version=0, start=0, stop=1, experts=Array.of(experts, "u1"))
+    named = objection(trajectory(sequence([(0, 3, 9)], routing=(record,))), 41, has)
+    assert problem in named
+    assert bool(named) == bool(problem)
 
 
 def _segment_only(piece):
