@@ -56,13 +56,9 @@ def routing_rows(
     return rows_TLK
 
 
-def fully_recorded(rows_TLK: Rows | None) -> bool:
-    """Whether replaying these rows leaves nothing to the router.
-
-    Pass the rows of the tokens that are *context* of a scored one; None, nothing recorded at all,
-    is a policy that recomputes.
-    """
-    return rows_TLK is None or bool((rows_TLK != NOT_RECORDED).all())
+def fully_recorded(rows_TLK: Rows) -> bool:
+    """Whether replaying these rows, of the context of a scored token, leaves the router nothing."""
+    return bool((rows_TLK != NOT_RECORDED).all())
 
 
 def not_recorded(num_tokens: int, like: Rows) -> Rows:

@@ -56,13 +56,16 @@ class Piece:
     """[len(token_ids), L, K]: experts to take; None leaves them to the router."""
 
 
-def pieces_of(trajectory: Played, *, kind: LayoutKind, temperature: float) -> tuple[Piece, ...]:
+def pieces_of(
+    trajectory: Played, *, kind: LayoutKind, temperature: float, replays: bool = False
+) -> tuple[Piece, ...]:
     """Split a trajectory into what has to be forwarded.
 
     Args:
         trajectory: what was played.
         kind: "packed" forwards prefixes, "single" whole sequences.
         temperature: of turns that carry no sampling parameters of their own.
+        replays: whether experts are those that the sampler recorded, or nothing is exact.
     """
     pieces: list[Piece] = []
     for index, sequence in enumerate(trajectory.sequences):
@@ -74,7 +77,7 @@ def pieces_of(trajectory: Played, *, kind: LayoutKind, temperature: float) -> tu
                 last = int(positions[-1])
                 stop = len(token_ids) if kind == "single" else last + 1
                 routing = routing_rows(sequence.routing, stop, part.version)
-                recorded = routing is None or fully_recorded(routing[:last])
+                recorded = not replays if routing is None else fully_recorded(routing[:last])
                 pieces.append(
                     Piece(
                         sequence=index,
