@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from shared.cli.model_check import check_model
 from shared.cli.trackers import check_installed
 from shared.runtime.config import ROLES, load, read_values, resolve
 from shared.runtime.errors import ConfigError
@@ -24,6 +25,8 @@ CONFIG_CLASSES: dict[str, str] = {
 """Class in `services/<role>/config.py` that validates what the role reads."""
 
 _DEFAULT_REPLICAS = 1
+_RANKED = ("learner", "logit_oracle")
+"""Roles that may be several processes over `model.layout`."""
 _ROLE_SECTIONS = set(ROLES)
 
 
@@ -60,6 +63,16 @@ class Values:
         section = {**(self.tree.get(role) or {}), "replicas": count}
         return Values(self.path, {**self.tree, role: section})
 
+    def with_ranks_of_gpus(self) -> Values:
+        """Return a copy in which roles of several GPUs are as many processes, as the chart does."""
+        values = self
+        for role in _RANKED:
+            section = self.tree.get(role) or {}
+            gpus = (section.get("nodes") or 1) * ((section.get("gpu") or {}).get("count") or 0)
+            if gpus and (self.config.get(role) or {}).get("ranks") is None:
+                values = values.with_config(role, ranks=gpus)
+        return values
+
     def common(self) -> CommonConfig:
         """Return what every service reads, validated."""
         shared = {k: v for k, v in self.config.items() if k not in _ROLE_SECTIONS}
@@ -85,6 +98,8 @@ def read(path: Path, overrides: Iterable[str] = ()) -> Values:
 def validate(values: Values) -> dict[str, CommonConfig]:
     """Validate every service's section and what spans sections; return the models by role.
 
+    Where the model lies on this machine, its `config.json` is asked, too.
+
     Raises:
         ConfigError: one line naming file and key.
     """
@@ -102,6 +117,11 @@ def validate(values: Values) -> dict[str, CommonConfig]:
             f"config file {values.path}: `old_logprobs.shadow`: oracle looks on only where one "
             "runs: set logit_oracle.replicas to 1 or more, or use snapshot_old"
         )
+    ranks = {r: int(getattr(models[r], r).ranks) for r in _RANKED if values.replicas[r]}
+    try:
+        check_model(models["learner"].model, ranks)
+    except ValueError as error:
+        raise ConfigError(f"config file {values.path}: {error}") from error
     return models
 
 

@@ -1,5 +1,6 @@
 """Bad configuration is one clear line that names file and key."""
 
+import json
 import re
 from pathlib import Path
 
@@ -108,3 +109,66 @@ def test_a_number_of_pods_left_to_the_cluster_is_one_process_here(tmp_path: Path
     assert read(path).replicas == {
         "learner": 1, "rollout": 1, "env_agents": 1, "logit_oracle": 1,
     }  # fmt: skip
+
+
+def mixture(folder: Path, **more: object) -> str:
+    """Return a folder that says it holds a mixture of 6 experts."""
+    folder.mkdir()
+    dense = json.loads((EXAMPLE.parent / "base/config.json").read_text())
+    own = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 8}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(dense | own | more))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["model.layout.tp=2", "model.layout.sp=true"], ""),
+        (["model.layout.tp=2"], "experts with tp 2 need sp: set it to true"),
+        (["model.layout.ep=4"], "ep 4 does not divide num_experts 6"),
+        (["model.layout.pp=4"], "pp 4 does not divide num_hidden_layers 2"),
+        (["logit_oracle.ranks=3", "model.layout.ep=2"], "ep 2 does not divide the 3 ranks"),
+    ],
+)
+def test_a_layout_that_the_model_here_cannot_have_is_refused(
+    tmp_path: Path, settings: list[str], said: str
+) -> None:
+    source = f"model.source={mixture(tmp_path / 'moe')}"
+    ranks = ["learner.ranks=4", "logit_oracle.ranks=4"]
+    values = read(EXAMPLE, [source, "model.backend=megatron", *ranks, *settings])
+    if not said:
+        validate(values)
+        return
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        validate(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_replay_of_routing_asks_for_a_model_with_experts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"`model\.routing`: replay, but .*base has no experts"):
+        validate(read(EXAMPLE, ["model.routing=replay"]))
+    validate(read(EXAMPLE, ["model.routing=replay", f"model.source={mixture(tmp_path / 'moe')}"]))
+    validate(read(EXAMPLE, ["model.routing=replay", "model.source=hf://a/b@c"]))  # not here
+
+
+def test_a_config_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"`model\.source`: .*config\.json"):
+        validate(read(EXAMPLE, [f"model.source={tmp_path}"]))
+
+
+def test_gpus_of_a_role_are_its_ranks_as_in_the_chart(tmp_path: Path) -> None:
+    model = {"backend": "megatron", "layout": {"tp": 2, "sp": True}, "source": "hf://a/b@c"}
+    tree = {
+        "learner": {"nodes": 2, "gpu": {"count": 4}},
+        "logit_oracle": {"gpu": {"count": 2}},
+        "config": {"model": model},
+    }
+    values = read(write(tmp_path, tree))
+    with pytest.raises(ConfigError, match=r"learner\.ranks 1 is no multiple"):
+        validate(values)  # processes here: as many as are said
+    shown = effective(values.with_ranks_of_gpus())
+    assert (shown["learner"]["ranks"], shown["logit_oracle"]["ranks"]) == (8, 2)
+    said = read(write(tmp_path, tree), ["learner.ranks=6"]).with_ranks_of_gpus()
+    assert effective(said)["learner"]["ranks"] == 6
