@@ -10,6 +10,7 @@ import numpy as np
 from services.learner.routes.forwards import as_scores, sampler_logprobs
 from services.learner.staging import Scored
 from shared.algo.proximal import Proxy
+from shared.backends.trajectory_scoring import pieces_of
 from shared.cli.explain_policies import ArchivedPolicies, Logprobs
 from shared.cli.explained import OldSource
 from shared.wire.messages import SequenceScore
@@ -95,9 +96,9 @@ class RouteOld:
         """Return the provenance by version that the route claims."""
         if self._route != "snapshot_old":
             return {}
-        mixed = {s.version for q in played.sequences for s in q.mixed_kv}
-        stamped = {s.version for q in played.sequences for s in q.spans}
-        return {version: "unverified" if version in mixed else "exact" for version in stamped}
+        pieces = pieces_of(played, kind="packed", temperature=1.0)
+        inexact = {piece.version for piece in pieces if not piece.can_be_exact}
+        return {p.version: "unverified" if p.version in inexact else "exact" for p in pieces}
 
 
 def _zero_elsewhere(played: Trajectory, values: Logprobs) -> Logprobs:

@@ -15,6 +15,7 @@ from shared.cli.explain_config import configuration
 from shared.cli.explain_records import joined
 from shared.cli.records import load
 from shared.wire.journal import Batch, Member, TrainedGroup
+from shared.wire.trajectory import SamplingParams
 from tests.cli.explain_world import configure, crafted, pick, sampled, sampled_at, under
 from tests.cli.synthetic_run import Spec, SyntheticRun, build
 
@@ -73,6 +74,23 @@ def test_snapshot_old_isjoined_again_under_its_own_version(
         assert token.old == pytest.approx(float(stored[token.position]), abs=1e-6)
         assert token.status == "exact"
     assert {t.age for t in sampled(explained)} != {0}
+
+
+def test_what_no_forward_repeats_is_unverified_as_in_the_step(
+    run: SyntheticRun, tmp_path: Path
+) -> None:
+    """Drawn from a truncated distribution; the same holds for experts that were not recorded."""
+    _, _, member = pick(run, stale)
+    terminal = run.terminals[member.terminal_seq]
+    sequence = terminal.outcome.sequences[0]
+    cut = SamplingParams(top_k=3)
+    turns = tuple(turn.model_copy(update={"sampling": cut}) for turn in sequence.turns)
+    outcome = terminal.outcome.model_copy(
+        update={"sequences": (sequence.model_copy(update={"turns": turns}),)}
+    )
+    run.terminals[member.terminal_seq] = terminal.model_copy(update={"outcome": outcome})
+    _, _, explained = explained_by(run, tmp_path, "snapshot_old")
+    assert {token.status for token in sampled(explained)} == {"unverified"}
 
 
 def test_the_interpolated_proxy_is_the_losses_own(run: SyntheticRun, tmp_path: Path) -> None:
