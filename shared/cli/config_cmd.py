@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
+
 from shared.cli.model_check import check_model
 from shared.cli.trackers import check_installed
 from shared.runtime.config import ROLES, load, read_values, resolve
@@ -82,17 +84,24 @@ class Values:
 def read(path: Path, overrides: Iterable[str] = ()) -> Values:
     """Read and resolve a values file; services' sections are not validated yet.
 
+    Overrides are settings of `config:`, and `<role>.replicas`, which stands beside it.
+
     Raises:
         ConfigError: one line naming file and key.
     """
     tree = read_values(path)
+    replicas, settings = _split(overrides)
+    for role, count in replicas.items():
+        section = tree.get(role) or {}
+        if isinstance(section, dict):
+            tree[role] = {**section, "replicas": count}
     for key in tree:
         near = difflib.get_close_matches(str(key), (*ROLES, "config"), n=1, cutoff=0.75)
         if near and key not in (*ROLES, "config"):
             raise ConfigError(f"config file {path}: `{key}` is not a known key; meant {near[0]}?")
     for role in ROLES:
         _check_role(path, role, tree.get(role))
-    return Values(path, {**tree, "config": resolve(tree["config"], overrides)})
+    return Values(path, {**tree, "config": resolve(tree["config"], settings)})
 
 
 def validate(values: Values) -> dict[str, CommonConfig]:
@@ -161,6 +170,20 @@ def check_model_directory(values: Values) -> None:
             f"config file {values.path}: `model.source`: {source} {what}; "
             "it must be a Hugging Face model directory"
         )
+
+
+def _split(overrides: Iterable[str]) -> tuple[dict[str, object], list[str]]:
+    """Return the numbers of processes by role, and the overrides that are none."""
+    replicas: dict[str, object] = {}
+    settings: list[str] = []
+    for override in overrides:
+        key, given, value = override.partition("=")
+        role, _, rest = key.partition(".")
+        if given and rest == "replicas" and role in ROLES:
+            replicas[role] = yaml.safe_load(value)
+        else:
+            settings.append(override)
+    return replicas, settings
 
 
 def _check_role(path: Path, role: str, section: object) -> None:

@@ -75,6 +75,15 @@ def test_overrides_reach_the_resolved_tree_and_defaults_are_filled_in() -> None:
     assert shown["telemetry"]["lease_interval_s"] == 2.0
 
 
+def test_processes_of_a_role_are_overridden_like_a_setting() -> None:
+    values = read(EXAMPLE, ["logit_oracle.replicas=0", "old_logprobs.route=snapshot_old"])
+    assert values.replicas == {"learner": 1, "rollout": 2, "env_agents": 2, "logit_oracle": 0}
+    validate(values)
+    for wrong in ("rollout.replicas=two", "rollout.replicas=-1", "learner.replicas=2"):
+        with pytest.raises(ConfigError, match=r"`(rollout|learner)\.replicas`"):
+            read(EXAMPLE, [wrong])
+
+
 def test_keys_of_the_chart_pass_unread(tmp_path: Path) -> None:
     path = write(tmp_path, {"image": {"tag": "x"}, "nats": {"enabled": True}, "config": {}})
     validate(read(path))
