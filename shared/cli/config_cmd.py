@@ -127,8 +127,10 @@ def validate(values: Values) -> dict[str, CommonConfig]:
             "runs: set logit_oracle.replicas to 1 or more, or use snapshot_old"
         )
     ranks = {r: int(getattr(models[r], r).ranks) for r in _RANKED if values.replicas[r]}
+    sampling = cast("Any", models["rollout"]).rollout
+    engine_ranks = sampling.vllm.tensor_parallel_size if sampling.engine == "vllm" else 1
     try:
-        check_model(models["learner"].model, ranks)
+        check_model(models["learner"].model, ranks, engine_ranks=engine_ranks)
     except ValueError as error:
         raise ConfigError(f"config file {values.path}: {error}") from error
     return models

@@ -16,12 +16,13 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Keys under which mixtures of experts say how many they have."""
 
 
-def check_model(model: ModelSection, ranks: Mapping[str, int]) -> None:
+def check_model(model: ModelSection, ranks: Mapping[str, int], *, engine_ranks: int = 1) -> None:
     """Refuse a policy or a layout that the model cannot have; nothing where no model lies here.
 
     Args:
         model: its section.
         ranks: processes of each role that holds the model over its layout.
+        engine_ranks: tensor-parallel ranks of a rollout's engine.
 
     Raises:
         ValueError: one line that names the model and the key.
@@ -40,6 +41,12 @@ def check_model(model: ModelSection, ranks: Mapping[str, int]) -> None:
         raise ValueError(
             f"`model.routing`: replay, but {model.source} has no experts (model_type "
             f"{config.get('model_type')!r}): set recompute"
+        )
+    heads = config.get("num_attention_heads")
+    if isinstance(heads, int) and heads % engine_ranks:
+        raise ValueError(
+            f"`rollout.vllm.tensor_parallel_size`: {engine_ranks} does not divide "
+            f"num_attention_heads {heads} of {model.source}"
         )
     if model.backend == "megatron":
         _check_layout(model, config, ranks)

@@ -161,6 +161,14 @@ def test_replay_of_routing_asks_for_a_model_with_experts(tmp_path: Path) -> None
     validate(read(EXAMPLE, ["model.routing=replay", "model.source=hf://a/b@c"]))  # not here
 
 
+def test_an_engine_over_ranks_asks_for_heads_that_they_divide() -> None:
+    settings = ["rollout.engine=vllm", "rollout.vllm.tensor_parallel_size=3"]
+    said = "`rollout.vllm.tensor_parallel_size`: 3 does not divide num_attention_heads 4"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        validate(read(EXAMPLE, settings))
+    validate(read(EXAMPLE, settings[1:]))  # another engine does not read it
+
+
 def test_a_config_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"`model\.source`: .*config\.json"):
