@@ -116,6 +116,8 @@ def validate(values: Values) -> dict[str, CommonConfig]:
     for role, class_name in CONFIG_CLASSES.items():
         module = importlib.import_module(f"services.{role}.config")
         model = cast("type[CommonConfig]", getattr(module, class_name))
+        if role == "logit_oracle" and not values.replicas[role]:
+            values = _without_oracle(values)
         models[role] = load(model, values.config, origin=f"config file {values.path}")
     try:
         Subjects(models["learner"].run.name)
@@ -134,6 +136,14 @@ def validate(values: Values) -> dict[str, CommonConfig]:
     except ValueError as error:
         raise ConfigError(f"config file {values.path}: {error}") from error
     return models
+
+
+def _without_oracle(values: Values) -> Values:
+    """Return values whose oracle, which nobody starts, is laid out as the learner is."""
+    ranks = {role: (values.config.get(role) or {}).get("ranks") for role in _RANKED}
+    if ranks["logit_oracle"] is None and ranks["learner"] is not None:
+        return values.with_config("logit_oracle", ranks=ranks["learner"])
+    return values
 
 
 def effective(values: Values) -> dict[str, Any]:

@@ -175,6 +175,15 @@ def test_a_config_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         validate(read(EXAMPLE, [f"model.source={tmp_path}"]))
 
 
+def test_an_oracle_that_nobody_starts_needs_no_ranks_of_its_own(tmp_path: Path) -> None:
+    source = f"model.source={mixture(tmp_path / 'moe')}"
+    layout = ["model.backend=megatron", "model.layout.pp=2", "learner.ranks=2", source]
+    with pytest.raises(ConfigError, match=r"logit_oracle\.ranks 1 is no multiple"):
+        validate(read(EXAMPLE, layout))
+    route = ["old_logprobs.route=snapshot_old", "logit_oracle.replicas=0"]
+    validate(read(EXAMPLE, [*layout, *route]))
+
+
 def test_gpus_of_a_role_are_its_ranks_as_in_the_chart(tmp_path: Path) -> None:
     model = {"backend": "megatron", "layout": {"tp": 2, "sp": True}, "source": "hf://a/b@c"}
     tree = {
