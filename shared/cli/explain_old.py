@@ -20,13 +20,13 @@ Old = tuple[SequenceScore, ...]
 Status = Literal["exact", "approximate", "unverified"]
 
 STORED = ("oracle", "interrupt")
-"""Routes whose scores are on the bus, and in the archive."""
+"""Routes whose scores are on the bus before the step, and named by its batch."""
 PROXIES: dict[str, Proxy] = {
     "interp_prox_loglinear": "loglinear",
     "interp_prox_linear": "linear",
 }
 _RECOMPUTED = {
-    "snapshot_old": "every token under its own version",
+    "snapshot_old": "each token's own version",
     "current_recompute": "the version stepped from",
     "ewma_prox": "the average of the versions, moved as the step reports say",
     "ppo_ewma_async": "the average of the versions, moved as the step reports say",
@@ -70,8 +70,11 @@ class RouteOld:
             )
         if self.source == "unknown":
             return f"old: route {self._route} is not known to this release"
+        stores = "stores none"
+        if self._route == "snapshot_old":
+            stores = "stores them after the step, which the audit compares"
         return (
-            f"old: route {self._route} stores none; recomputed by the audit's float64 forward "
+            f"old: route {self._route} {stores}; recomputed by the audit's float64 forward "
             f"under {_RECOMPUTED[self._route]} (equal up to the learner's rounding)"
         )
 

@@ -69,7 +69,7 @@ def test_snapshot_old_isjoined_again_under_its_own_version(
     stored = run.scores[member.score_seq].sequences[0].old_logprobs.numpy()
     _, _, explained = explained_by(run, tmp_path, "snapshot_old")
     assert explained.old_source == "recomputed"
-    assert any("snapshot_old stores none; recomputed" in note for note in explained.notes)
+    assert any("snapshot_old stores them after the step" in note for note in explained.notes)
     for token in sampled(explained):
         assert token.old == pytest.approx(float(stored[token.position]), abs=1e-6)
         assert token.status == "exact"
