@@ -14,8 +14,9 @@ from shared.cli import explain
 from shared.cli.explain_config import configuration
 from shared.cli.explain_records import joined
 from shared.cli.records import load
+from shared.wire.base import Array
 from shared.wire.journal import Batch, Member, TrainedGroup
-from shared.wire.trajectory import SamplingParams
+from shared.wire.trajectory import RoutingRecord, SamplingParams
 from tests.cli.explain_world import configure, crafted, pick, sampled, sampled_at, under
 from tests.cli.synthetic_run import Spec, SyntheticRun, build
 
@@ -91,6 +92,20 @@ def test_what_no_forward_repeats_is_unverified_as_in_the_step(
     run.terminals[member.terminal_seq] = terminal.model_copy(update={"outcome": outcome})
     _, _, explained = explained_by(run, tmp_path, "snapshot_old")
     assert {token.status for token in sampled(explained)} == {"unverified"}
+
+
+def test_routing_of_another_model_is_a_note_and_no_crash(run: SyntheticRun, tmp_path: Path) -> None:
+    _, _, member = pick(run, stale)
+    terminal = run.terminals[member.terminal_seq]
+    sequence = terminal.outcome.sequences[0]
+    experts = Array.of(np.zeros((1, 1, 1), dtype=np.uint8), "u1")
+    record = RoutingRecord(version=sequence.spans[0].version, start=0, stop=1, experts=experts)
+    sequences = (sequence.model_copy(update={"routing": (record,)}),)
+    outcome = terminal.outcome.model_copy(update={"sequences": sequences})
+    run.terminals[member.terminal_seq] = terminal.model_copy(update={"outcome": outcome})
+    explained = explain.run(run.write(tmp_path / "run"), member.ticket_id)
+    assert any("sequence 0 is not of this model: routing of 1 layers" in n for n in explained.notes)
+    assert all(np.isnan(token.current) for token in sampled(explained))
 
 
 def test_the_interpolated_proxy_is_the_losses_own(run: SyntheticRun, tmp_path: Path) -> None:
