@@ -56,7 +56,10 @@ class VllmServer:
         self._options = options
         raw = read_config(options.model_dir)
         shape = Qwen3Shape.of(raw)
-        qwen3_layout(shape, 0, options.tensor_parallel_size)  # heads must divide among ranks
+        try:
+            qwen3_layout(shape, 0, options.tensor_parallel_size)
+        except ValueError as error:
+            raise ValueError(f"rollout.vllm.tensor_parallel_size: {error}") from error
         check_head_size(shape.head_dim)
         if options.record_routing:
             check_records(shape, options.model_dir)

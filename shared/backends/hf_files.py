@@ -198,7 +198,10 @@ def write_tensors(
         nonlocal held, size
         part = folder / f".{stem}-{len(files):05d}.partial"
         try:
+            part.touch()
+            mode = part.stat().st_mode & 0o777  # as for every file; safetensors makes it private
             save_file(held, part, metadata={"format": "pt"})
+            part.chmod(mode)
         except SafetensorError as error:  # hides which error of the disk it was
             raise OSError(f"{stem}.safetensors: {error}") from error
         with part.open("rb") as file:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
+
+from shared.cli.model_check import check_model
 from shared.cli.trackers import check_installed
 from shared.runtime.config import ROLES, load, read_values, resolve
 from shared.runtime.errors import ConfigError
@@ -24,6 +27,8 @@ CONFIG_CLASSES: dict[str, str] = {
 """Class in `services/<role>/config.py` that validates what the role reads."""
 
 _DEFAULT_REPLICAS = 1
+_RANKED = ("learner", "logit_oracle")
+"""Roles that may be several processes over `model.layout`."""
 _ROLE_SECTIONS = set(ROLES)
 
 
@@ -60,6 +65,16 @@ class Values:
         section = {**(self.tree.get(role) or {}), "replicas": count}
         return Values(self.path, {**self.tree, role: section})
 
+    def with_ranks_of_gpus(self) -> Values:
+        """Return a copy in which roles of several GPUs are as many processes, as the chart does."""
+        values = self
+        for role in _RANKED:
+            section = self.tree.get(role) or {}
+            gpus = (section.get("nodes") or 1) * ((section.get("gpu") or {}).get("count") or 0)
+            if gpus and (self.config.get(role) or {}).get("ranks") is None:
+                values = values.with_config(role, ranks=gpus)
+        return values
+
     def common(self) -> CommonConfig:
         """Return what every service reads, validated."""
         shared = {k: v for k, v in self.config.items() if k not in _ROLE_SECTIONS}
@@ -69,21 +84,30 @@ class Values:
 def read(path: Path, overrides: Iterable[str] = ()) -> Values:
     """Read and resolve a values file; services' sections are not validated yet.
 
+    Overrides are settings of `config:`, and `<role>.replicas`, which stands beside it.
+
     Raises:
         ConfigError: one line naming file and key.
     """
     tree = read_values(path)
+    replicas, settings = _split(overrides)
+    for role, count in replicas.items():
+        section = tree.get(role) or {}
+        if isinstance(section, dict):
+            tree[role] = {**section, "replicas": count}
     for key in tree:
         near = difflib.get_close_matches(str(key), (*ROLES, "config"), n=1, cutoff=0.75)
         if near and key not in (*ROLES, "config"):
             raise ConfigError(f"config file {path}: `{key}` is not a known key; meant {near[0]}?")
     for role in ROLES:
         _check_role(path, role, tree.get(role))
-    return Values(path, {**tree, "config": resolve(tree["config"], overrides)})
+    return Values(path, {**tree, "config": resolve(tree["config"], settings)})
 
 
 def validate(values: Values) -> dict[str, CommonConfig]:
     """Validate every service's section and what spans sections; return the models by role.
+
+    Where the model lies on this machine, its `config.json` is asked, too.
 
     Raises:
         ConfigError: one line naming file and key.
@@ -92,6 +116,8 @@ def validate(values: Values) -> dict[str, CommonConfig]:
     for role, class_name in CONFIG_CLASSES.items():
         module = importlib.import_module(f"services.{role}.config")
         model = cast("type[CommonConfig]", getattr(module, class_name))
+        if role == "logit_oracle" and not values.replicas[role]:
+            values = _without_oracle(values)
         models[role] = load(model, values.config, origin=f"config file {values.path}")
     try:
         Subjects(models["learner"].run.name)
@@ -102,7 +128,22 @@ def validate(values: Values) -> dict[str, CommonConfig]:
             f"config file {values.path}: `old_logprobs.shadow`: oracle looks on only where one "
             "runs: set logit_oracle.replicas to 1 or more, or use snapshot_old"
         )
+    ranks = {r: int(getattr(models[r], r).ranks) for r in _RANKED if values.replicas[r]}
+    sampling = cast("Any", models["rollout"]).rollout
+    engine_ranks = sampling.vllm.tensor_parallel_size if sampling.engine == "vllm" else 1
+    try:
+        check_model(models["learner"].model, ranks, engine_ranks=engine_ranks)
+    except ValueError as error:
+        raise ConfigError(f"config file {values.path}: {error}") from error
     return models
+
+
+def _without_oracle(values: Values) -> Values:
+    """Return values whose oracle, which nobody starts, is laid out as the learner is."""
+    ranks = {role: (values.config.get(role) or {}).get("ranks") for role in _RANKED}
+    if ranks["logit_oracle"] is None and ranks["learner"] is not None:
+        return values.with_config("logit_oracle", ranks=ranks["learner"])
+    return values
 
 
 def effective(values: Values) -> dict[str, Any]:
@@ -141,6 +182,20 @@ def check_model_directory(values: Values) -> None:
             f"config file {values.path}: `model.source`: {source} {what}; "
             "it must be a Hugging Face model directory"
         )
+
+
+def _split(overrides: Iterable[str]) -> tuple[dict[str, object], list[str]]:
+    """Return the numbers of processes by role, and the overrides that are none."""
+    replicas: dict[str, object] = {}
+    settings: list[str] = []
+    for override in overrides:
+        key, given, value = override.partition("=")
+        role, _, rest = key.partition(".")
+        if given and rest == "replicas" and role in ROLES:
+            replicas[role] = yaml.safe_load(value)
+        else:
+            settings.append(override)
+    return replicas, settings
 
 
 def _check_role(path: Path, role: str, section: object) -> None:

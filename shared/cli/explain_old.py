@@ -10,6 +10,7 @@ import numpy as np
 from services.learner.routes.forwards import as_scores, sampler_logprobs
 from services.learner.staging import Scored
 from shared.algo.proximal import Proxy
+from shared.backends.trajectory_scoring import pieces_of
 from shared.cli.explain_policies import ArchivedPolicies, Logprobs
 from shared.cli.explained import OldSource
 from shared.wire.messages import SequenceScore
@@ -19,13 +20,13 @@ Old = tuple[SequenceScore, ...]
 Status = Literal["exact", "approximate", "unverified"]
 
 STORED = ("oracle", "interrupt")
-"""Routes whose scores are on the bus, and in the archive."""
+"""Routes whose scores are on the bus before the step, and named by its batch."""
 PROXIES: dict[str, Proxy] = {
     "interp_prox_loglinear": "loglinear",
     "interp_prox_linear": "linear",
 }
 _RECOMPUTED = {
-    "snapshot_old": "every token under its own version",
+    "snapshot_old": "each token's own version",
     "current_recompute": "the version stepped from",
     "ewma_prox": "the average of the versions, moved as the step reports say",
     "ppo_ewma_async": "the average of the versions, moved as the step reports say",
@@ -69,8 +70,11 @@ class RouteOld:
             )
         if self.source == "unknown":
             return f"old: route {self._route} is not known to this release"
+        stores = "stores none"
+        if self._route == "snapshot_old":
+            stores = "stores them after the step, which the audit compares"
         return (
-            f"old: route {self._route} stores none; recomputed by the audit's float64 forward "
+            f"old: route {self._route} {stores}; recomputed by the audit's float64 forward "
             f"under {_RECOMPUTED[self._route]} (equal up to the learner's rounding)"
         )
 
@@ -95,9 +99,9 @@ class RouteOld:
         """Return the provenance by version that the route claims."""
         if self._route != "snapshot_old":
             return {}
-        mixed = {s.version for q in played.sequences for s in q.mixed_kv}
-        stamped = {s.version for q in played.sequences for s in q.spans}
-        return {version: "unverified" if version in mixed else "exact" for version in stamped}
+        pieces = pieces_of(played, kind="packed", temperature=1.0)
+        inexact = {piece.version for piece in pieces if not piece.can_be_exact}
+        return {p.version: "unverified" if p.version in inexact else "exact" for p in pieces}
 
 
 def _zero_elsewhere(played: Trajectory, values: Logprobs) -> Logprobs:

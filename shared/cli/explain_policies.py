@@ -107,7 +107,11 @@ class ArchivedPolicies:
             for shared, positions in at.items():
                 where = np.array(positions)
                 query = query_of(sequence, version, where, shared)
-                found[number][where] = policy.logprobs([query])[0]
+                try:
+                    found[number][where] = policy.logprobs([query])[0]
+                except (ValueError, IndexError) as error:  # what no version can score: refused then
+                    problem = f"{ticket_id}: sequence {number} is not of this model: {error}"
+                    self._own_problems.append(problem)
         return found
 
     def _policy(self, version: int) -> ReferencePolicy | None:

@@ -188,7 +188,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from shared.cli.config_cmd import read, validate
 
-    validate(read(arguments.file, arguments.set))
+    validate(read(arguments.file, arguments.set).with_ranks_of_gpus())
     print(f"{arguments.file}: ok")
     return 0
 
@@ -198,7 +198,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     from shared.cli.config_cmd import effective, read
 
-    values = read(arguments.file, arguments.set)
+    values = read(arguments.file, arguments.set).with_ranks_of_gpus()
     counts = values.replicas
     shown = {**{role: {"replicas": n} for role, n in counts.items()}, "config": effective(values)}
     if arguments.json:

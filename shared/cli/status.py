@@ -53,7 +53,7 @@ def address(run_dir: Path | None, nats_url: str | None, run: str | None) -> tupl
     """Return (NATS URL, run name) from what was given; flags win over the run folder.
 
     Raises:
-        ConfigError: neither a run folder nor both flags.
+        ConfigError: neither a run folder nor both flags, or the folder's run has ended.
     """
     if nats_url and run:
         return nats_url, run
@@ -62,6 +62,11 @@ def address(run_dir: Path | None, nats_url: str | None, run: str | None) -> tupl
     if not facts:
         where = f"{folder} is no run folder" if folder else "there is no run under runs/"
         raise ConfigError(f"status: {where}: give --run-dir, or --nats URL and --run NAME")
+    if facts.get("exit") and not nats_url:
+        raise ConfigError(
+            f"status: {folder} is not running (its end: {facts['exit']}): look at its report "
+            "(lagwise report), or go on with it (lagwise up --resume)"
+        )
     return nats_url or facts["nats_url"], run or facts["run"]
 
 

@@ -123,10 +123,16 @@ class ModelSection(Section):
                 f"layout {', '.join(given)}: the backend torch only shards over data-parallel "
                 "ranks (learner.ranks): leave model.layout out, or set model.backend: megatron"
             )
+        if self.layout.sp and self.layout.tp == 1:
+            raise ValueError("layout sp true needs layout.tp above 1: leave sp out, or set tp")
+        if self.backend == "megatron" and self.dtype == "float64":
+            raise ValueError("dtype float64: the backend megatron has float32 and bfloat16")
+        if self.backend == "megatron" and self.compile:
+            raise ValueError("compile: the backend megatron does not compile layers; set false")
         return self
 
     def check_ranks(self, ranks: int, key: str) -> None:
-        """Refuse a number of ranks that the layout does not divide.
+        """Refuse a number of ranks that the layout does not divide, or whose stages ep does not.
 
         Raises:
             ValueError: names both.
@@ -136,6 +142,12 @@ class ModelSection(Section):
             raise ValueError(
                 f"{key} {ranks} is no multiple of model.layout tp {self.layout.tp} x pp "
                 f"{self.layout.pp}"
+            )
+        in_stage = ranks // self.layout.pp
+        if in_stage % self.layout.ep:
+            raise ValueError(
+                f"model.layout ep {self.layout.ep} does not divide the {in_stage} ranks of a stage "
+                f"({key} {ranks} / pp {self.layout.pp})"
             )
 
 

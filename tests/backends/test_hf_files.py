@@ -24,6 +24,14 @@ def test_tensors_come_back_from_one_file_or_many(tmp_path: Path, shard_bytes: in
     assert files.shapes == {name: tuple(t.shape) for name, t in TENSORS.items()}
 
 
+def test_written_files_are_for_whom_new_files_are(tmp_path: Path):
+    """An export is read by others: an inference server with another user, say."""
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path, iter(TENSORS.items()), shard_bytes=40)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
 def test_what_a_directory_lacks_or_has_too_much_of_is_named(tmp_path: Path):
     write_tensors(tmp_path, iter(TENSORS.items()))
     files = HfFiles(tmp_path)

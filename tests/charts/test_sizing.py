@@ -135,3 +135,25 @@ def test_the_rollouts_of_the_example_hold_the_whole_model_between_their_gpus(nam
     held = sum(math.prod(t.shape) for t in layouts[0].tensors.values())
     assert held * 2 < 0.8 * GPU_BYTES
     assert held == pytest.approx(num_parameters(model) / ranks, rel=0.05)
+
+
+def test_the_routing_of_the_mixture_fits_the_bus_as_its_example_says():
+    """Answers of two versions into one message; trajectories as long as stated into a stream."""
+    text = (ROOT / "examples/qwen3-30b-a3b.yaml").read_text()
+    tree = yaml.safe_load(text)
+    config = tree["config"]
+    assert config["model"]["routing"] == "replay"
+    shape = Qwen3Shape.of(json.loads((MODELS / "qwen3-30b-a3b/config.json").read_text()))
+    choices = build("qwen3-30b-a3b").config.num_experts_per_tok  # type: ignore[union-attr]
+    a_token = len(shape.moe_layers) * choices
+    assert shape.num_experts <= 256
+    assert f"{a_token} bytes a token" in text
+    answer = 2 * config["sampling"]["context_tokens"] * a_token
+    assert answer < int(tree["nats"]["maxPayload"].removesuffix("MB")) * 1_000_000
+    admission, checkpoint = config["admission"], config["learner"]["checkpoint"]
+    versions = checkpoint["keep"] * checkpoint["every_versions"] + admission["max_staleness"]
+    trajectories = admission["groups_per_version"] * admission["group_size"] * versions
+    room = config["bus"]["max_stream_bytes"] / (trajectories * (a_token + 9))
+    stated = re.search(r"room for\n#\s+([\d,]+) tokens", text)
+    assert stated
+    assert 0.95 * room < int(stated[1].replace(",", "")) <= room

@@ -14,7 +14,9 @@ from shared.cli import explain
 from shared.cli.explain_config import configuration
 from shared.cli.explain_records import joined
 from shared.cli.records import load
+from shared.wire.base import Array
 from shared.wire.journal import Batch, Member, TrainedGroup
+from shared.wire.trajectory import RoutingRecord, SamplingParams
 from tests.cli.explain_world import configure, crafted, pick, sampled, sampled_at, under
 from tests.cli.synthetic_run import Spec, SyntheticRun, build
 
@@ -68,11 +70,42 @@ def test_snapshot_old_isjoined_again_under_its_own_version(
     stored = run.scores[member.score_seq].sequences[0].old_logprobs.numpy()
     _, _, explained = explained_by(run, tmp_path, "snapshot_old")
     assert explained.old_source == "recomputed"
-    assert any("snapshot_old stores none; recomputed" in note for note in explained.notes)
+    assert any("snapshot_old stores them after the step" in note for note in explained.notes)
     for token in sampled(explained):
         assert token.old == pytest.approx(float(stored[token.position]), abs=1e-6)
         assert token.status == "exact"
     assert {t.age for t in sampled(explained)} != {0}
+
+
+def test_what_no_forward_repeats_is_unverified_as_in_the_step(
+    run: SyntheticRun, tmp_path: Path
+) -> None:
+    """Drawn from a truncated distribution; the same holds for experts that were not recorded."""
+    _, _, member = pick(run, stale)
+    terminal = run.terminals[member.terminal_seq]
+    sequence = terminal.outcome.sequences[0]
+    cut = SamplingParams(top_k=3)
+    turns = tuple(turn.model_copy(update={"sampling": cut}) for turn in sequence.turns)
+    outcome = terminal.outcome.model_copy(
+        update={"sequences": (sequence.model_copy(update={"turns": turns}),)}
+    )
+    run.terminals[member.terminal_seq] = terminal.model_copy(update={"outcome": outcome})
+    _, _, explained = explained_by(run, tmp_path, "snapshot_old")
+    assert {token.status for token in sampled(explained)} == {"unverified"}
+
+
+def test_routing_of_another_model_is_a_note_and_no_crash(run: SyntheticRun, tmp_path: Path) -> None:
+    _, _, member = pick(run, stale)
+    terminal = run.terminals[member.terminal_seq]
+    sequence = terminal.outcome.sequences[0]
+    experts = Array.of(np.zeros((1, 1, 1), dtype=np.uint8), "u1")
+    record = RoutingRecord(version=sequence.spans[0].version, start=0, stop=1, experts=experts)
+    sequences = (sequence.model_copy(update={"routing": (record,)}),)
+    outcome = terminal.outcome.model_copy(update={"sequences": sequences})
+    run.terminals[member.terminal_seq] = terminal.model_copy(update={"outcome": outcome})
+    explained = explain.run(run.write(tmp_path / "run"), member.ticket_id)
+    assert any("sequence 0 is not of this model: routing of 1 layers" in n for n in explained.notes)
+    assert all(np.isnan(token.current) for token in sampled(explained))
 
 
 def test_the_interpolated_proxy_is_the_losses_own(run: SyntheticRun, tmp_path: Path) -> None:

@@ -120,5 +120,12 @@ def test_audit_and_report_refuse_a_folder_that_is_no_run(tmp_path: Path) -> None
         assert str(tmp_path) in one_line(lagwise(command, str(tmp_path)))
 
 
+def test_status_of_a_run_that_has_ended_says_so(tmp_path: Path) -> None:
+    facts = {"exit": "done", "run": "demo", "nats_url": "nats://127.0.0.1:1"}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    said = one_line(lagwise("status", "--run-dir", str(tmp_path)))
+    assert f"{tmp_path} is not running (its end: done)" in said
+
+
 def test_status_without_any_run_says_what_to_give(tmp_path: Path) -> None:
     assert "--run-dir" in one_line(lagwise("status", cwd=tmp_path))

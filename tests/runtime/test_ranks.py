@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -28,6 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
         ({"layout": {"pp": 2, "sp": True}}, "layout pp 2, sp true"),
         ({"layout": {"ep": 4}}, "layout ep 4"),
         ({"layout": {"tp": 0}}, "model.layout.tp"),
+        ({"backend": "megatron", "layout": {"sp": True}}, "layout sp true needs layout.tp above 1"),
+        ({"backend": "megatron", "dtype": "float64"}, "dtype float64: the backend megatron"),
+        ({"backend": "megatron", "compile": True}, "compile: the backend megatron does not"),
         ({"backend": "fsdp"}, "model.backend"),
         ({"device": "tpu"}, "model.device"),
         ({"rank_timeout_s": 0}, "model.rank_timeout_s"),
@@ -49,6 +53,12 @@ def test_ranks_that_the_layout_does_not_divide_are_refused(cls, role: str):
         configuration.load(cls, tree, origin="file")
     tree[role]["ranks"] = 8
     assert getattr(configuration.load(cls, tree, origin="file"), role).ranks == 8
+    tree["model"]["layout"]["ep"] = 3
+    said = f"model.layout ep 3 does not divide the 4 ranks of a stage ({role}.ranks 8 / pp 2)"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        configuration.load(cls, tree, origin="file")
+    tree["model"]["layout"]["ep"] = 4  # over tensor- and data-parallel ranks
+    configuration.load(cls, tree, origin="file")
 
 
 # --- processes
