@@ -198,6 +198,22 @@ def test_routing_that_the_model_cannot_have_chosen_is_named(
     assert bool(named) == bool(problem)
 
 
+def test_a_sequence_without_routing_is_refused_where_routing_is_replayed(
+    sequence, trajectory
+) -> None:
+    """Its sampler took experts that nobody knows: what the router says now would pass as exact."""
+    has, record = (
+        ExpertLayers(1, 2, 6),
+        RoutingRecord(version=0, start=0, stop=1, experts=Array.of([[[0, 5]]], "u1")),
+    )
+    recorded, unrecorded = sequence([(0, 3, 9)], routing=(record,)), sequence([(0, 3, 9)])
+    nothing_sampled = sequence([])
+    assert objection(trajectory(recorded, nothing_sampled), 41, has) == ""
+    named = objection(trajectory(recorded, unrecorded), 41, has)
+    assert named.startswith("sequence 1: no routing was recorded")
+    assert objection(trajectory(unrecorded), 41, None) == ""
+
+
 def _segment_only(piece):
     start = int(piece.positions[0]) - 1
     return piece.token_ids[start:], piece.positions - start
