@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 from shared.wire.base import Array
 from shared.wire.messages import RoutingHeld
-from shared.wire.trajectory import RoutingRecord
+from shared.wire.trajectory import RoutingRecord, recorded_stop
 
 
 def held(records: Sequence[RoutingRecord]) -> RoutingHeld | None:
     """Return the newest version recorded, and up to which token without a gap from the first."""
     newest = max((record.version for record in records), default=-1)
-    stop = _reach(records, newest)
+    stop = recorded_stop(records, newest)
     return RoutingHeld(version=newest, stop=stop) if stop else None
 
 
@@ -30,7 +30,7 @@ def lacking(
     """
     kept: list[RoutingRecord] = []
     for record in new:
-        start = max(record.start, _reach([*known, *kept], record.version))
+        start = max(record.start, recorded_stop([*known, *kept], record.version))
         if start < record.stop:
             kept.append(record if start == record.start else _from(record, start))
     return tuple(kept)
@@ -55,15 +55,6 @@ def flaw(new: Sequence[RoutingRecord], num_tokens: int, known: Sequence[RoutingR
         if known and record.experts.shape[1:] != known[0].experts.shape[1:]:
             return "answered with routing of another model than before"
     return ""
-
-
-def _reach(records: Sequence[RoutingRecord], version: int) -> int:
-    """Return up to which token a version is recorded without a gap from the first."""
-    stop = 0
-    for record in sorted((r for r in records if r.version == version), key=lambda r: r.start):
-        if record.start <= stop:
-            stop = max(stop, record.stop)
-    return stop
 
 
 def _from(record: RoutingRecord, start: int) -> RoutingRecord:

@@ -39,8 +39,8 @@ from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
 from shared.backends.base import Backend
 from shared.backends.expert_layers import replayed
+from shared.backends.objection import objection
 from shared.backends.ranks import Ranks
-from shared.backends.trajectory_scoring import objection
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
 from shared.runtime.errors import BusError, Conflict

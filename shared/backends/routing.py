@@ -56,15 +56,6 @@ def routing_rows(
     return rows_TLK
 
 
-def fully_recorded(rows_TLK: Rows | None) -> bool:
-    """Whether replaying these rows leaves nothing to the router.
-
-    Pass the rows of the tokens that are *context* of a scored one; None, nothing recorded at all,
-    is a policy that recomputes.
-    """
-    return rows_TLK is None or bool((rows_TLK != NOT_RECORDED).all())
-
-
 def not_recorded(num_tokens: int, like: Rows) -> Rows:
     """Return rows that leave every token to the router, in the shape of others."""
     return np.full((num_tokens, *like.shape[1:]), NOT_RECORDED, dtype=like.dtype)

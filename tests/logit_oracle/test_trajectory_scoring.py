@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 
 from shared.algo.batching import PackedBatch
 from shared.backends.expert_layers import ExpertLayers
+from shared.backends.objection import objection
 from shared.backends.torch_backend import TorchBackend
 from shared.backends.trajectory_scoring import (
     TrajectoryScore,
-    objection,
     pieces_of,
     score_pieces,
     whole_pieces,
@@ -93,6 +95,24 @@ def test_a_piece_replays_what_its_version_recorded_and_a_gap_costs_exactness(
     assert (two.can_be_exact, four.can_be_exact) == (False, True)
     (now,) = whole_pieces(played, temperature=1.0)
     assert now.routing[:, 0, 0].tolist() == [4] * 4 + [2] + [4] * 4 + [-1]
+
+
+def test_what_waits_to_be_scored_holds_no_rows_of_its_own(sequence, trajectory) -> None:
+    experts = Array.of(np.zeros((1000, 16, 8), dtype=np.uint8), "u1")
+    records = tuple(
+        RoutingRecord(version=version, start=0, stop=1000, experts=experts) for version in range(4)
+    )
+    spans = [(version, 990 + version, 991 + version) for version in range(4)]
+    played = trajectory(sequence(spans, length=1000, routing=records))
+    tracemalloc.start()
+    try:
+        pieces = pieces_of(played, kind="packed", temperature=1.0)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [piece.can_be_exact for piece in pieces] == [True] * 4
+    assert held < experts.numpy().nbytes / 2
+    assert pieces[2].routing.shape == (993, 16, 8)
 
 
 def test_pieces_without_records_are_packed_with_those_that_have_some(sequence, trajectory) -> None:
