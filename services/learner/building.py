@@ -110,6 +110,7 @@ def make_inputs(
         temperature=config.sampling.temperature,
         pack_tokens=config.learner.optimizer.micro_batch_tokens,
         max_staleness=config.admission.max_staleness,
+        replays=config.model.routing == "replay",
     )
     of_anchor = section.model_copy(update={"route": section.anchor, "fallback": ""})
     return StepInputs(

@@ -146,7 +146,12 @@ class Completer:
         ]
 
     def _pieces(self, played: Played) -> tuple[Piece, ...]:
-        return pieces_of(played, kind=self.layout, temperature=self.temperature)
+        return pieces_of(
+            played,
+            kind=self.layout,
+            temperature=self.temperature,
+            replays=self.experts is not None,
+        )
 
     def _forward(self, jobs: list[_Job], result: Completion, digest: str) -> None:
         dtype = score_dtype(self.backend.dtype)

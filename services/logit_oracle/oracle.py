@@ -208,7 +208,12 @@ class Oracle:
             return
         self._num_taken += 1
         number = self._num_taken
-        pieces = pieces_of(outcome, kind=self._section.layout, temperature=self._temperature)
+        pieces = pieces_of(
+            outcome,
+            kind=self._section.layout,
+            temperature=self._temperature,
+            replays=self._experts is not None,
+        )
         score = TrajectoryScore(outcome, pieces, self._bench.dtype)
         renew_at = time.monotonic() + self._section.ack_wait_s / 3
         self._open[number] = _Open(job, terminal.ticket_id, score, renew_at)

@@ -22,6 +22,10 @@ from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
 from services.rollout.vllm_names import ROUTING_HELD, ROUTING_KEY
 from services.rollout.vllm_recorder import RoutingRecorder, SlotRows
 
+MAX_ENDED = 4096
+"""Ended requests whose rows may wait to be taken. Turns are short and the rollout may be busy: that
+many end before it comes; of cancelled ones it says so. The bound is for what nobody foresaw."""
+
 
 class RouterOutputs:
     """What the routers of a model chose in the latest step, by layer."""
@@ -58,7 +62,7 @@ def install_recorder(runner: Any, outputs: RouterOutputs) -> RoutingRecorder:
         SlotRows(shape, outputs.num_experts, outputs.rows_TLK.device),
         block_tokens,
         blocks_of,
-        max_ended=2 * runner.max_num_reqs,
+        max_ended=MAX_ENDED,
     )
     native = runner.execute_model
 

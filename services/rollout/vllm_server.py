@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class VllmServer:
         self._seeding = ""
         self._num_scores = 0
         self._num_recorded = 0
-        self._aborts: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -162,6 +162,9 @@ class VllmServer:
             async for output in self._llm.generate(prompt, params, spec.request_id):
                 final = output.outputs[0]
             routing = await self._routing_of(extra.get(ROUTING_KEY))
+        except asyncio.CancelledError:
+            self._forget(extra.get(ROUTING_KEY))
+            raise
         except EngineDeadError as error:
             raise EngineDead(self.failure() or "the engine process is gone") from error
         except EngineGenerateError as error:
@@ -178,7 +181,7 @@ class VllmServer:
         )
 
     async def _routing_of(self, key: str | None) -> list[Recorded]:
-        """Take what the worker recorded of a request that ended; of cancelled ones it forgets."""
+        """Take what the worker recorded of a request that ended."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if key is None:
@@ -193,6 +196,22 @@ class VllmServer:
             Recorded(label, start, np.frombuffer(data, dtype).reshape(shape))
             for label, start, dtype, shape, data in parts
         ]
+
+    def _forget(self, key: str | None) -> None:
+        """Have the worker forget the rows of a request that nobody waits for any more."""
+        if key is not None and self._llm is not None:
+            self._background(self._llm.collective_rpc(ROUTING, args=(key,)))
+
+    def _background(self, call: Coroutine[Any, Any, Any]) -> None:
+        """Let a call run to its end; it fails only where the engine does, which is seen anyway."""
+        task = asyncio.get_running_loop().create_task(call)
+        self._calls.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._calls.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         from vllm.inputs.engine import tokens_input
@@ -220,9 +239,7 @@ class VllmServer:
     def abort(self, request_id: str) -> None:
         if self._llm is None:
             return
-        task = asyncio.get_running_loop().create_task(self._llm.abort(request_id))
-        self._aborts.add(task)
-        task.add_done_callback(self._aborts.discard)
+        self._background(self._llm.abort(request_id))
 
     def num_sampled(self, request_id: str) -> int:
         if self._llm is None:

@@ -62,13 +62,16 @@ class Piece:
         return routing_rows(self.records, len(self.token_ids), version)
 
 
-def pieces_of(trajectory: Played, *, kind: LayoutKind, temperature: float) -> tuple[Piece, ...]:
+def pieces_of(
+    trajectory: Played, *, kind: LayoutKind, temperature: float, replays: bool = False
+) -> tuple[Piece, ...]:
     """Split a trajectory into what has to be forwarded.
 
     Args:
         trajectory: what was played.
         kind: "packed" forwards prefixes, "single" whole sequences.
         temperature: of turns that carry no sampling parameters of their own.
+        replays: whether experts are those that the sampler recorded, or nothing is exact.
     """
     pieces: list[Piece] = []
     for index, sequence in enumerate(trajectory.sequences):
@@ -80,7 +83,8 @@ def pieces_of(trajectory: Played, *, kind: LayoutKind, temperature: float) -> tu
                 last = int(positions[-1])
                 stop = len(token_ids) if kind == "single" else last + 1
                 # Rows of the tokens that are context of a scored one.
-                recorded = recorded_stop(sequence.routing, part.version) >= last
+                stop_recorded = recorded_stop(sequence.routing, part.version)
+                recorded = stop_recorded >= last if sequence.routing else not replays
                 pieces.append(
                     Piece(
                         sequence=index,
@@ -90,7 +94,7 @@ def pieces_of(trajectory: Played, *, kind: LayoutKind, temperature: float) -> tu
                         else shared_temperature,
                         token_ids=token_ids[:stop],
                         positions=positions,
-                        can_be_exact=can_be_exact and (recorded or not sequence.routing),
+                        can_be_exact=can_be_exact and recorded,
                         records=sequence.routing,
                     )
                 )

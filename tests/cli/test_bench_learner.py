@@ -116,6 +116,7 @@ def test_limits_are_judged_against_the_fastest_and_a_gap_is_a_miss() -> None:
         assert [v.ok for v in judge([row])] == [ok]
 
 
+@pytest.mark.timeout(300)
 def test_the_command_measures_what_it_can_and_names_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,7 @@ def test_replayed_routing_is_audited_across_kills(start, tmp_path: Path) -> None
     records = load(run.run_dir)
     played = [records.terminal(seq).outcome for seq in records.terminals]
     sequences = [s for one in played if isinstance(one, Trajectory) for s in one.sequences]
-    assert len(sequences) > 1000
+    assert len(sequences) >= 64 * VERSIONS
     assert {r.experts.shape[1:] for s in sequences for r in s.routing} == {(LAYERS, CHOICES)}
     # Some were sampled by several versions: each of them has recorded the prefix anew.
     assert any(len({r.version for r in s.routing if not r.start}) > 1 for s in sequences)

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from harness import EXAMPLE, ROOT, assert_sound, small
+from upcycled import CHOICES, LAYERS, upcycle
+
+from shared.cli.records import load
+from shared.wire.trajectory import Trajectory
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
@@ -40,3 +44,24 @@ def test_the_fence_holds_on_vllm_with_a_pod_and_an_env_killed(
         "rollout-0": 0,
         "rollout-1": 0,
     }
+
+
+def test_a_mixture_of_experts_is_replayed_as_vllm_routed_it(start, tmp_path: Path) -> None:
+    model = tmp_path / "moe"
+    upcycle(BASE, model)
+    values = yaml.safe_load(EXAMPLE.read_text())
+    values["config"]["model"] |= {"source": str(model), "routing": "replay"}
+    # Two at a time are slow: versions change in mid-episode.
+    values["config"]["rollout"] |= {"engine": "vllm", "max_running": 2}
+    config = tmp_path / "moe.yaml"
+    config.write_text(yaml.safe_dump(values))
+    run = start("up", "--config", str(config), "--audit", "300", *small(8))
+    assert run.wait(300) == 0, run.output()
+    summary = run.summary()
+    assert_sound(summary, 8)
+    assert summary["audited_tokens"] >= 100
+    assert summary["audit_mismatches"] == 0
+    records = load(run.run_dir)
+    played = [records.terminal(seq).outcome for seq in records.terminals]
+    sequences = [s for one in played if isinstance(one, Trajectory) for s in one.sequences]
+    assert {r.experts.shape[1:] for s in sequences for r in s.routing} == {(LAYERS, CHOICES)}

@@ -93,6 +93,10 @@ def test_a_piece_replays_what_its_version_recorded_and_a_gap_costs_exactness(
     assert two.routing[:, 0, 0].tolist() == [2] * 5 + [-1] * 2
     assert four.routing[:, 1, 0].tolist() == [4] * 9 + [-1]
     assert (two.can_be_exact, four.can_be_exact) == (False, True)
+    bare = trajectory(sequence(SPANS, length=15))
+    for replays in (False, True):
+        pieces = pieces_of(bare, kind="packed", temperature=1.0, replays=replays)
+        assert {piece.can_be_exact for piece in pieces} == {not replays}
     (now,) = whole_pieces(played, temperature=1.0)
     assert now.routing[:, 0, 0].tolist() == [4] * 4 + [2] + [4] * 4 + [-1]
 

@@ -56,6 +56,8 @@ class RouteContext:
     temperature: float
     pack_tokens: int
     max_staleness: int
+    replays: bool = False
+    """Whether experts are those that the sampler recorded, or nothing is exact."""
 
 
 class OldLogprobRoute(Protocol):

@@ -124,7 +124,10 @@ class SnapshotOld(RouteBase):
 
     def _empty(self, member: Scored) -> TrajectoryScore:
         pieces = pieces_of(
-            member.trajectory, kind=self._layout, temperature=self._context.temperature
+            member.trajectory,
+            kind=self._layout,
+            temperature=self._context.temperature,
+            replays=self._context.replays,
         )
         return TrajectoryScore(member.trajectory, pieces, self._context.backend.dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,23 @@ async def test_rows_are_right_while_turns_are_preempted_cancelled_and_updated(
         for version in set(stamps_of(result)):
             check_rows(spec, result, version, states[version])
     assert crossed
+
+
+async def test_turns_that_ended_keep_their_rows_until_a_busy_rollout_takes_them(
+    mixture_dir: Path,
+) -> None:
+    options = ServerOptions(mixture_dir, "float32", 96, 2, 64, record_routing=True)
+    engine = VllmEngine(VllmServer(options), dtype=torch.float32, context_tokens=96, sync=Sync())
+    state = make_mixture_state(3)
+    async with started(engine):
+        await engine.update(0, state, None)
+        specs = [make_spec(f"r{i}", make_prompt(i, 20), new=2) for i in range(24)]
+        turns = [asyncio.ensure_future(engine.sample(spec)) for spec in specs]
+        await asyncio.sleep(0.01)
+        time.sleep(1.0)  # noqa: ASYNC251 - the rollout is busy; its engine is not
+        results = await asyncio.gather(*turns)
+    for spec, result in zip(specs, results, strict=True):
+        check_rows(spec, result, 0, state)
 
 
 async def test_two_ranks_hold_their_parts_of_every_expert_and_the_first_records(
