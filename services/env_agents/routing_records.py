@@ -9,17 +9,31 @@ from collections.abc import Sequence
 
 from shared.wire.base import Array
 from shared.wire.messages import RoutingHeld
-from shared.wire.trajectory import RoutingRecord
+from shared.wire.trajectory import RoutingRecord, recorded_stop
 
 
 def held(records: Sequence[RoutingRecord]) -> RoutingHeld | None:
     """Return the newest version recorded, and up to which token without a gap from the first."""
     newest = max((record.version for record in records), default=-1)
-    stop = 0
-    for record in sorted((r for r in records if r.version == newest), key=lambda r: r.start):
-        if record.start <= stop:
-            stop = max(stop, record.stop)
+    stop = recorded_stop(records, newest)
     return RoutingHeld(version=newest, stop=stop) if stop else None
+
+
+def lacking(
+    new: Sequence[RoutingRecord], known: Sequence[RoutingRecord]
+) -> tuple[RoutingRecord, ...]:
+    """Return the new records without rows that their version has recorded before.
+
+    An engine at another version than the newest one held sends all rows: with pods that lag behind
+    an episode would else carry its prefix once per change, not once per version. The first record
+    of a token counts, so nothing is lost.
+    """
+    kept: list[RoutingRecord] = []
+    for record in new:
+        start = max(record.start, recorded_stop([*known, *kept], record.version))
+        if start < record.stop:
+            kept.append(record if start == record.start else _from(record, start))
+    return tuple(kept)
 
 
 def joined(records: Sequence[RoutingRecord]) -> tuple[RoutingRecord, ...]:
@@ -41,6 +55,11 @@ def flaw(new: Sequence[RoutingRecord], num_tokens: int, known: Sequence[RoutingR
         if known and record.experts.shape[1:] != known[0].experts.shape[1:]:
             return "answered with routing of another model than before"
     return ""
+
+
+def _from(record: RoutingRecord, start: int) -> RoutingRecord:
+    rows = Array.of(record.experts.numpy()[start - record.start :], record.experts.dtype)
+    return record.model_copy(update={"start": start, "experts": rows})
 
 
 def _continues(record: RoutingRecord, last: RoutingRecord) -> bool:

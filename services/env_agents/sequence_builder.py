@@ -9,7 +9,7 @@ from collections.abc import Sequence as Ids
 
 import numpy as np
 
-from services.env_agents.routing_records import flaw, held, joined
+from services.env_agents.routing_records import flaw, held, joined, lacking
 from shared.wire.base import Array
 from shared.wire.messages import RoutingHeld, SampledTokens
 from shared.wire.trajectory import RoutingRecord, Sequence, Span, Turn
@@ -81,7 +81,7 @@ class SequenceBuilder:
             if sampled.mixed_kv:
                 _append_merged(self._mixed_kv, span, start)
         # An answer's routing counts from the first token of its prefix: everything so far.
-        self._routing.extend(sampled.routing)
+        self._routing.extend(lacking(sampled.routing, self._routing))
         self._length = stop
 
     def sampled_from(self, start: int) -> SampledTokens:

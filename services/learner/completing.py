@@ -15,12 +15,12 @@ from services.learner.staging import TerminalArrived
 from shared.algo.batching import balance
 from shared.backends.base import Backend
 from shared.backends.expert_layers import ExpertLayers
+from shared.backends.objection import objection
 from shared.backends.trajectory_scoring import (
     LayoutKind,
     Piece,
     Played,
     TrajectoryScore,
-    objection,
     pieces_of,
     score_dtype,
     score_pieces,

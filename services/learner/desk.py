@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from services.learner.admission import Admission
 from services.learner.config import LearnerConfig
@@ -35,6 +36,9 @@ from shared.runtime.errors import Conflict
 from shared.wire.codec import encode
 from shared.wire.journal import Batch, Disposed, Issued
 from shared.wire.messages import Ticket
+from shared.wire.trajectory import Failure, Trajectory
+
+Objection = Callable[[Trajectory], str]
 
 
 class Desk:
@@ -48,8 +52,10 @@ class Desk:
         source: TaskSource,
         *,
         needs_scores: bool,
+        objection: Objection | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """Begin with nothing issued; `objection` says why the model cannot train a trajectory."""
         admission = config.admission
         self.admission = Admission(
             admission.groups_per_version, admission.max_staleness, admission.max_outstanding_groups
@@ -65,6 +71,7 @@ class Desk:
         self._config = config
         self._journal = journal
         self._source = source
+        self._objection = objection
         self._clock = clock
         self._numbering = asyncio.Lock()
         self._failed: list[GroupFailed] = []
@@ -78,6 +85,8 @@ class Desk:
                 self.rounds[ticket.group_id].record(event.ticket_id, event.outcome, event.seq)
                 self.changed.set()
             return
+        if ticket is not None:
+            event = self._usable(event)
         if ticket is not None and event.outcome.kind == "trajectory":
             sequences = event.outcome.sequences
             self.dispatched_lengths.append(sum(int(s.loss_mask.numpy().sum()) for s in sequences))
@@ -86,6 +95,17 @@ class Desk:
         self._apply(event)
         if ticket is not None and self.staging.is_played(ticket.group_id):
             self.changed.set()
+
+    def _usable(self, event: TerminalArrived) -> TerminalArrived:
+        """End a ticket as failed whose trajectory would end every step that it is part of."""
+        if self._objection is None or not isinstance(event.outcome, Trajectory):
+            return event
+        problem = self._objection(event.outcome)
+        if not problem:
+            return event
+        self._context.count("failed_undecodable")
+        self._context.log.error("terminal_refused", ticket=event.ticket_id, reason=problem)
+        return replace(event, outcome=Failure(reason="undecodable", detail=problem))
 
     def score(self, event: ScoreArrived) -> None:
         """Take in old log-probs."""

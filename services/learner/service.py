@@ -39,6 +39,7 @@ from services.learner.takeover import terminal_event
 from services.learner.task_source import TaskSource
 from shared.backends.base import Backend
 from shared.backends.expert_layers import replayed
+from shared.backends.objection import objection
 from shared.backends.ranks import Ranks
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
@@ -111,8 +112,14 @@ class _Shell:
             model_id=config.model.model_id,
             producer=context.pod,
         )
+        self._experts = replayed(backend, config.model.routing)
         self._desk = Desk(
-            context, config, self._journal, source, needs_scores=self._route.waits_for_scores
+            context,
+            config,
+            self._journal,
+            source,
+            needs_scores=self._route.waits_for_scores,
+            objection=partial(objection, num_vocab=backend.vocab_size, experts=self._experts),
         )
         self._fencing = self._make_fencing(backend) if self._route.needs_fence else None
         self._keyframing = Keyframing(
@@ -160,7 +167,7 @@ class _Shell:
                 layout=section.layout,
                 temperature=config.sampling.temperature,
                 pack_tokens=config.learner.optimizer.micro_batch_tokens,
-                experts=replayed(backend, config.model.routing),
+                experts=self._experts,
             ),
             self._put_control,
             timeout_s=section.fence_timeout_s,

@@ -32,7 +32,8 @@ from services.logit_oracle.orders import (
 from services.logit_oracle.storing import store_score
 from services.logit_oracle.versions import Versions
 from shared.backends.expert_layers import ExpertLayers
-from shared.backends.trajectory_scoring import TrajectoryScore, objection, pieces_of
+from shared.backends.objection import objection
+from shared.backends.trajectory_scoring import TrajectoryScore, pieces_of
 from shared.runtime.bus import Job, WorkQueue
 from shared.runtime.context import Context
 from shared.runtime.intake import FOREIGN_DELAY_S, accept

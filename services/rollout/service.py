@@ -18,6 +18,7 @@ from services.rollout.engine import Engine, EngineDead
 from services.rollout.engine_host import EngineHost
 from services.rollout.intake import Limits
 from services.rollout.requests import Requests
+from services.rollout.routing_size import warn_of_refusals
 from services.rollout.torch_engine import DTYPES, TorchEngine
 from shared.runtime.bus import CoreMessage, Subscription
 from shared.runtime.context import Context
@@ -58,6 +59,7 @@ async def serve(context: Context, config: RolloutConfig) -> None:
         if not await _started(context, host):
             return
         context.log.info("serving", engine=section.engine, dtype=section.dtype)
+        warn_of_refusals(context, config)
         if section.engine == "vllm":
             from services.rollout.vllm_metrics import VllmCollector
 

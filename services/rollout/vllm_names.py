@@ -15,6 +15,9 @@ ROUTING = "lagwise_routing"
 ROUTING_KEY = "routing"
 """In a request's extra arguments: the key under which its routing is taken."""
 
+ROUTING_HELD = "routing_held"
+"""Likewise: [label, stop] of the rows that the caller has, if any."""
+
 WORKER_EXTENSION = "services.rollout.vllm_worker.RolloutWorker"
 
 OWNER_VARIABLE = "LAGWISE_ROLLOUT_PID"

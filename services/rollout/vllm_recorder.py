@@ -62,6 +62,7 @@ class Segment:
 @dataclass(slots=True)
 class _Open:
     key: str
+    held: tuple[str, int]
     start: int = 0
     stop: int = 0
     """Tokens [start, stop) are in the request's blocks, computed under the label in use."""
@@ -92,7 +93,16 @@ class RoutingRecorder:
         """Request id by key."""
         self._ended: dict[str, list[Segment]] = {}
 
-    def forwarded(self, request_id: str, key: str, begin: int, stop: int, *, anew: bool) -> None:
+    def forwarded(
+        self,
+        request_id: str,
+        key: str,
+        begin: int,
+        stop: int,
+        *,
+        anew: bool,
+        held: tuple[str, int] | None = None,
+    ) -> None:
         """Take in that a step computed tokens [begin, stop) of a request.
 
         Args:
@@ -101,10 +111,11 @@ class RoutingRecorder:
             begin: first token of the step; those before it are in the cache.
             stop: end of the step's tokens.
             anew: its blocks are new to it: what lies before `begin` was found in the cache.
+            held: (label, stop): rows [0, stop) that whoever takes them has: they are not copied.
         """
         entry = self._open.get(request_id)
         if entry is None:
-            entry = self._open[request_id] = _Open(key)
+            entry = self._open[request_id] = _Open(key, held or ("", 0))
             self._ids[key] = request_id
         if entry.stop == 0:
             entry.start = 0 if anew else begin
@@ -120,6 +131,8 @@ class RoutingRecorder:
         if entry is None or entry.taken:
             return
         same = [segment.stop for segment in entry.kept if segment.label == self._label]
+        if entry.held[0] == self._label:
+            same.append(entry.held[1])
         start = max([entry.start, *same])  # a second prefill says what the first one said
         if start < entry.stop:
             rows = self._slots.take(self._slots_of(request_id, start, entry.stop))

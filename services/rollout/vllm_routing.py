@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
     bind_routed_experts_capturer,
 )
 
-from services.rollout.vllm_names import ROUTING_KEY
+from services.rollout.vllm_names import ROUTING_HELD, ROUTING_KEY
 from services.rollout.vllm_recorder import RoutingRecorder, SlotRows
 
 MAX_ENDED = 4096
@@ -91,7 +91,14 @@ def _record(
     anew |= scheduler_output.scheduled_cached_reqs.resumed_req_ids
     for request_id, count in scheduler_output.num_scheduled_tokens.items():
         state = runner.requests[request_id]
-        key = (state.sampling_params.extra_args or {}).get(ROUTING_KEY)
-        if key is not None:
-            begin = state.num_computed_tokens
-            recorder.forwarded(request_id, key, begin, begin + count, anew=request_id in anew)
+        extra = state.sampling_params.extra_args or {}
+        if (key := extra.get(ROUTING_KEY)) is not None:
+            begin, held = state.num_computed_tokens, extra.get(ROUTING_HELD)
+            recorder.forwarded(
+                request_id,
+                key,
+                begin,
+                begin + count,
+                anew=request_id in anew,
+                held=None if held is None else (held[0], held[1]),
+            )

@@ -22,7 +22,7 @@ from services.rollout.engine import EngineDead, EngineLoad, SampleSpec
 from services.rollout.sampling import seed_bits
 from services.rollout.shared_tensors import SharedTensors
 from services.rollout.vllm_engine import VllmEngine
-from services.rollout.vllm_names import OWNER_VARIABLE, ROUTING, ROUTING_KEY
+from services.rollout.vllm_names import OWNER_VARIABLE, ROUTING, ROUTING_HELD, ROUTING_KEY
 from services.rollout.vllm_options import (
     ENVIRONMENT,
     RECORDING_ENVIRONMENT,
@@ -143,6 +143,9 @@ class VllmServer:
         if self._options.record_routing:
             self._num_recorded += 1
             extra[ROUTING_KEY] = str(self._num_recorded)
+            if spec.routing_held is not None:
+                version, stop = spec.routing_held
+                extra[ROUTING_HELD] = [str(version), stop]
         params = SamplingParams(
             temperature=spec.sampling.temperature,
             max_tokens=spec.max_new_tokens,

@@ -2,8 +2,8 @@
 
 Every rank keeps its rows of every parameter, gathers a layer's before it runs and sums gradients
 into its rows after. Sums, not means: the loss is already divided by the count of the whole step,
-over all ranks. Parameters of narrower models are kept in float32 (they are the master weights),
-cast for each forward, and their gradients summed in float32.
+over all ranks. Where narrower models train, their parameters are kept in float32 (they are the
+master weights), cast for each forward, and their gradients summed in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def shard(packed: PackedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shard layer by layer; what is in no layer belongs to the whole forward.
 
     Args:
-        packed: its parameters are on `meta`, in `master_dtype(dtype)`.
+        packed: its parameters are on `meta`, in `master_dtype(dtype)`; `dtype` if it only scores.
         mesh: one dimension, the data-parallel ranks.
         dtype: of the forward.
 

@@ -56,11 +56,6 @@ def routing_rows(
     return rows_TLK
 
 
-def fully_recorded(rows_TLK: Rows) -> bool:
-    """Whether replaying these rows, of the context of a scored token, leaves the router nothing."""
-    return bool((rows_TLK != NOT_RECORDED).all())
-
-
 def not_recorded(num_tokens: int, like: Rows) -> Rows:
     """Return rows that leave every token to the router, in the shape of others."""
     return np.full((num_tokens, *like.shape[1:]), NOT_RECORDED, dtype=like.dtype)

@@ -17,11 +17,10 @@ import torch
 from shared.algo.batching import pack
 from shared.algo.version_scoring import parts_by_version
 from shared.backends.base import Backend
-from shared.backends.expert_layers import ExpertLayers, check_records
-from shared.backends.routing import ROUTING, Rows, fully_recorded, not_recorded, routing_rows
+from shared.backends.routing import ROUTING, Rows, not_recorded, routing_rows
 from shared.wire.base import Array, DType
 from shared.wire.messages import SequenceScore, VersionScore
-from shared.wire.trajectory import Sequence, Trajectory
+from shared.wire.trajectory import RoutingRecord, Sequence, Trajectory, recorded_stop
 
 LayoutKind = Literal["packed", "single"]
 Status = Literal["exact", "unverified", "approximate", "unscorable"]
@@ -52,8 +51,15 @@ class Piece:
     """False: the tokens were sampled over a KV cache of older weights, or from a truncated
     distribution, or experts were chosen that nobody recorded, so that no forward of this version is
     their training-side twin."""
-    routing: Rows | None = None
-    """[len(token_ids), L, K]: experts to take; None leaves them to the router."""
+    records: tuple[RoutingRecord, ...] = ()
+    """Of the whole sequence. Rows are made of them when the piece is forwarded: an oracle holds
+    many pieces that wait, and all versions' rows are several times what was recorded."""
+
+    @property
+    def routing(self) -> Rows | None:
+        """[len(token_ids), L, K]: experts to take; None leaves them to the router."""
+        version = None if self.version < 0 else self.version
+        return routing_rows(self.records, len(self.token_ids), version)
 
 
 def pieces_of(
@@ -76,8 +82,9 @@ def pieces_of(
             for shared_temperature, positions in _by_temperature(part.positions, drawn_at):
                 last = int(positions[-1])
                 stop = len(token_ids) if kind == "single" else last + 1
-                routing = routing_rows(sequence.routing, stop, part.version)
-                recorded = not replays if routing is None else fully_recorded(routing[:last])
+                # Rows of the tokens that are context of a scored one.
+                stop_recorded = recorded_stop(sequence.routing, part.version)
+                recorded = stop_recorded >= last if sequence.routing else not replays
                 pieces.append(
                     Piece(
                         sequence=index,
@@ -88,7 +95,7 @@ def pieces_of(
                         token_ids=token_ids[:stop],
                         positions=positions,
                         can_be_exact=can_be_exact and recorded,
-                        routing=routing,
+                        records=sequence.routing,
                     )
                 )
     return tuple(pieces)
@@ -116,7 +123,7 @@ def whole_pieces(trajectory: Trajectory, *, temperature: float) -> tuple[Piece, 
                     token_ids=token_ids[:stop],
                     positions=positions,
                     can_be_exact=False,
-                    routing=routing_rows(sequence.routing, stop),
+                    records=sequence.routing,
                 )
             )
     return tuple(pieces)
@@ -125,22 +132,6 @@ def whole_pieces(trajectory: Trajectory, *, temperature: float) -> tuple[Piece, 
 def score_dtype(dtype: torch.dtype) -> DType:
     """Return the wire dtype of scores of a model in `dtype`."""
     return "f8" if dtype == torch.float64 else "f4"
-
-
-def objection(trajectory: Played, num_vocab: int, experts: ExpertLayers | None = None) -> str:
-    """Return why no version can score this trajectory, empty when nothing speaks against it."""
-    for index, sequence in enumerate(trajectory.sequences):
-        token_ids = sequence.token_ids.numpy()
-        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < num_vocab:
-            return (
-                f"sequence {index}: token ids {token_ids.min()}..{token_ids.max()} are outside "
-                f"the model's vocabulary of {num_vocab}"
-            )
-        if sequence.spans and sequence.spans[0].start == 0:
-            return f"sequence {index}: its first token is stamped as sampled, but has no prefix"
-        if problem := check_records(sequence.routing, experts):
-            return f"sequence {index}: {problem}"
-    return ""
 
 
 def score_pieces(
@@ -239,14 +230,16 @@ class TrajectoryScore:
 
 
 def _routing(pieces: Many[Piece]) -> dict[str, list[npt.NDArray[Any]]]:
-    like = next((piece.routing for piece in pieces if piece.routing is not None), None)
+    found = [piece.routing for piece in pieces]
+    like = next((rows for rows in found if rows is not None), None)
     if like is None:
         return {}
-    rows = [
-        not_recorded(len(piece.token_ids), like) if piece.routing is None else piece.routing
-        for piece in pieces
-    ]
-    return {ROUTING: list(rows)}
+    return {
+        ROUTING: [
+            not_recorded(len(piece.token_ids), like) if rows is None else rows
+            for piece, rows in zip(pieces, found, strict=True)
+        ]
+    }
 
 
 def _mask(piece: Piece) -> npt.NDArray[np.uint8]:

@@ -5,6 +5,7 @@ T is the number of tokens of a sequence, prompt and environment tokens included.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -67,6 +68,15 @@ def check_routing(records: tuple[RoutingRecord, ...], num_tokens: int | None) ->
     for record in records:
         if num_tokens is not None and record.stop > num_tokens:
             raise ValueError(f"routing up to token {record.stop} of {num_tokens}")
+
+
+def recorded_stop(records: Iterable[RoutingRecord], version: int) -> int:
+    """Return up to which token a version is recorded without a gap from the first."""
+    stop = 0
+    for record in sorted((r for r in records if r.version == version), key=lambda r: r.start):
+        if record.start <= stop:
+            stop = max(stop, record.stop)
+    return stop
 
 
 class Turn(Part):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from shared.backends.expert_layers import ExpertLayers, replayed
-from shared.backends.routing import NOT_RECORDED, fully_recorded, not_recorded, routing_rows
+from shared.backends.routing import NOT_RECORDED, not_recorded, routing_rows
 from shared.wire.base import Array
-from shared.wire.trajectory import RoutingRecord
+from shared.wire.trajectory import RoutingRecord, recorded_stop
 
 
 def record(version: int, start: int, experts: list[int], dtype="u1") -> RoutingRecord:
@@ -47,9 +47,13 @@ def test_what_lies_beyond_is_cut_and_what_is_missing_is_left_to_the_router():
     assert column(routing_rows(RECORDS, 2, 3)) == [10, 11]
     rows = routing_rows(RECORDS, 6, 3)
     assert column(rows) == [10, 11, 12, 13, NOT_RECORDED, NOT_RECORDED]
-    assert not fully_recorded(rows)
-    assert fully_recorded(rows[:4])
-    assert not fully_recorded(routing_rows(RECORDS, 3, 7))
+
+
+def test_a_version_is_recorded_up_to_its_first_gap():
+    assert [recorded_stop(RECORDS, version) for version in (3, 4, 7)] == [4, 5, 0]
+    later = (record(3, 6, [1]), record(3, 1, [1, 1, 1, 1]))
+    assert recorded_stop((*RECORDS, *later), 3) == 5
+    assert recorded_stop(later, 3) == 0
 
 
 def test_without_records_there_is_nothing_to_replay():

@@ -71,7 +71,7 @@ def discrepancies(records: RunRecords, model: Path) -> tuple[F8, F8]:
     for version in range(12):
         backend.load_state(load_file(version_path(records.archive, version)))
         own = [piece for piece, _ in pieces[version]]
-        free = [replace(piece, routing=None) for piece in own]
+        free = [replace(piece, records=()) for piece in own]
         for rows, asked in zip(found, (own, free), strict=True):
             for old, (_, sampler) in zip(
                 score_pieces(backend, asked, "packed"), pieces[version], strict=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from services.env_agents.episode_events import (
@@ -15,7 +16,8 @@ from services.env_agents.episode_events import (
     Stepped,
 )
 from services.env_agents.episodes import Episode, Limits
-from services.env_agents.routing_records import flaw, held, joined
+from services.env_agents.routing_records import flaw, held, joined, lacking
+from shared.backends.routing import routing_rows
 from shared.wire.base import Array
 from shared.wire.messages import Done, Partial, RoutingHeld, SampledTokens, TaskRef, Ticket
 from shared.wire.trajectory import RoutingRecord, SamplingParams, Span, Trajectory
@@ -182,3 +184,29 @@ def test_only_what_continues_the_record_before_it_is_joined() -> None:
 def test_records_that_fit_have_no_flaw() -> None:
     assert flaw((record(4, 0, 5),), 5, (record(4, 0, 3),)) == ""
     assert flaw((), 0, ()) == ""
+
+
+def test_a_version_that_comes_back_adds_only_rows_that_it_has_not_recorded() -> None:
+    """A pod that lags behind knows nothing of what its version recorded before: it sends all."""
+    episode = begun()
+    for turn, version in enumerate((4, 5, 4, 5)):
+        stop = len(PROMPT) + 3 * turn + 1
+        answer = sampled(5, STOP, version=version, routing=(record(version, 0, stop, mark=turn),))
+        the(StepEnv, episode, done(f"a-{turn + 1}", answer))
+        if turn < 3:
+            the(Ask, episode, Stepped([7], 0.0, False, False))
+    (sequence,) = end(episode).sequences
+    assert sequence.routing == (
+        record(4, 0, 4), record(5, 0, 7, mark=1), record(4, 4, 10, mark=2),
+        record(5, 7, 13, mark=3),
+    )  # fmt: skip
+
+
+def test_what_is_left_out_never_changes_which_record_of_a_token_counts() -> None:
+    known = (record(4, 0, 3), record(5, 2, 6), record(4, 2, 5, mark=1))
+    new = (record(4, 1, 5, mark=2), record(4, 3, 8, mark=3), record(5, 0, 4, mark=4))
+    kept = lacking(new, known)
+    assert kept == (record(4, 5, 8, mark=3), record(5, 0, 4, mark=4))
+    for version in (None, 4, 5):
+        both = [routing_rows((*known, *some), 8, version) for some in (new, kept)]
+        assert np.array_equal(*both)

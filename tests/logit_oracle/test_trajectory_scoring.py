@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
 
 from shared.algo.batching import PackedBatch
 from shared.backends.expert_layers import ExpertLayers
+from shared.backends.objection import objection
 from shared.backends.torch_backend import TorchBackend
 from shared.backends.trajectory_scoring import (
     TrajectoryScore,
-    objection,
     pieces_of,
     score_pieces,
     whole_pieces,
@@ -97,6 +99,24 @@ def test_a_piece_replays_what_its_version_recorded_and_a_gap_costs_exactness(
         assert {piece.can_be_exact for piece in pieces} == {not replays}
     (now,) = whole_pieces(played, temperature=1.0)
     assert now.routing[:, 0, 0].tolist() == [4] * 4 + [2] + [4] * 4 + [-1]
+
+
+def test_what_waits_to_be_scored_holds_no_rows_of_its_own(sequence, trajectory) -> None:
+    experts = Array.of(np.zeros((1000, 16, 8), dtype=np.uint8), "u1")
+    records = tuple(
+        RoutingRecord(version=version, start=0, stop=1000, experts=experts) for version in range(4)
+    )
+    spans = [(version, 990 + version, 991 + version) for version in range(4)]
+    played = trajectory(sequence(spans, length=1000, routing=records))
+    tracemalloc.start()
+    try:
+        pieces = pieces_of(played, kind="packed", temperature=1.0)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [piece.can_be_exact for piece in pieces] == [True] * 4
+    assert held < experts.numpy().nbytes / 2
+    assert pieces[2].routing.shape == (993, 16, 8)
 
 
 def test_pieces_without_records_are_packed_with_those_that_have_some(sequence, trajectory) -> None:
@@ -200,6 +220,22 @@ def test_routing_that_the_model_cannot_have_chosen_is_named(
     named = objection(trajectory(sequence([(0, 3, 9)], routing=(record,))), 41, has)
     assert problem in named
     assert bool(named) == bool(problem)
+
+
+def test_a_sequence_without_routing_is_refused_where_routing_is_replayed(
+    sequence, trajectory
+) -> None:
+    """Its sampler took experts that nobody knows: what the router says now would pass as exact."""
+    has, record = (
+        ExpertLayers(1, 2, 6),
+        RoutingRecord(version=0, start=0, stop=1, experts=Array.of([[[0, 5]]], "u1")),
+    )
+    recorded, unrecorded = sequence([(0, 3, 9)], routing=(record,)), sequence([(0, 3, 9)])
+    nothing_sampled = sequence([])
+    assert objection(trajectory(recorded, nothing_sampled), 41, has) == ""
+    named = objection(trajectory(recorded, unrecorded), 41, has)
+    assert named.startswith("sequence 1: no routing was recorded")
+    assert objection(trajectory(unrecorded), 41, None) == ""
 
 
 def _segment_only(piece):

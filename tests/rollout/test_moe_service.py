@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 import torch
 
 from services.rollout.config import RolloutConfig
+from services.rollout.routing_size import routing_bytes
 from services.rollout.service import make_engine, serve
 from shared.wire.messages import RoutingHeld
-from tests.rollout.moe_models import make_moe_state, moe_reference, write_moe_dir
+from tests.rollout.moe_models import CHOICES, LAYERS, make_moe_state, moe_reference, write_moe_dir
 from tests.rollout.pods import World, eventually, make_config, make_request
+
+CONTEXT_BYTES = 96 * LAYERS * CHOICES
 
 
 def routed(model_dir: Path, routing: str, **rollout: Any) -> RolloutConfig:
@@ -70,6 +74,25 @@ async def test_under_recompute_nothing_is_recorded(world: World) -> None:
 def test_a_dense_model_cannot_be_replayed(untied_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.routing: replay: .* has no experts"):
         make_engine(routed(untied_dir, "replay"))
+
+
+@pytest.mark.parametrize(("max_payload", "warned"), [(CONTEXT_BYTES - 1, 1), (CONTEXT_BYTES, 0)])
+async def test_contexts_whose_routing_no_answer_can_carry_are_warned_of_at_start(
+    world: World, caplog: pytest.LogCaptureFixture, max_payload: int, warned: int
+) -> None:
+    world.server.max_payload = max_payload
+    with caplog.at_level("WARNING"):
+        async with serving(world, "replay"):
+            pass
+    assert [r.message for r in caplog.records].count("long_answers_will_be_refused") == warned
+
+
+def test_routing_takes_a_byte_per_choice_and_two_above_256_experts(tmp_path: Path) -> None:
+    for experts, expected in ((256, 3 * 2 * 2), (257, 2 * 3 * 2 * 2)):
+        path = write_moe_dir(tmp_path / str(experts), num_experts=experts)
+        raw = json.loads((path / "config.json").read_text())
+        assert routing_bytes(raw, 3) == expected
+    assert routing_bytes(raw | {"model_type": "qwen3"}, 3) == 0
 
 
 async def test_an_answer_above_the_bound_of_the_bus_is_refused_for_good(world: World) -> None:

@@ -27,8 +27,9 @@ from services.rollout.requests import _on_the_wire, _spec
 from services.rollout.torch_engine import TorchEngine
 from shared.backends.torch_backend import TorchBackend
 from shared.backends.trajectory_scoring import pieces_of, score_pieces
+from shared.wire.base import Array
 from shared.wire.messages import Done, Partial, TaskRef, Ticket
-from shared.wire.trajectory import SamplingParams, Trajectory
+from shared.wire.trajectory import RoutingRecord, SamplingParams, Trajectory
 from tests.rollout.engines import CONTEXT, make_prompt, started, when_sampled
 from tests.rollout.models import State
 from tests.rollout.moe_models import make_moe_state, moe_reference, write_moe_dir
@@ -129,10 +130,15 @@ async def test_every_version_has_the_routing_of_all_that_it_sampled_after(
         _, experts = moe_reference(states[piece.version], ids)
         assert piece.routing[:last].tolist() == experts[:last].tolist()
         backend.load_state(states[piece.version])
-        others = np.where(piece.routing < 0, -1, (piece.routing + 1) % 8)
+        others = RoutingRecord(
+            version=piece.version,
+            start=0,
+            stop=last,
+            experts=Array.of((piece.routing[:last] + 1) % 8, "u1"),
+        )
         right, wrong = (
-            score_pieces(backend, [replace(piece, routing=rows)], "packed")[0]
-            for rows in (piece.routing, others.astype(np.int16))
+            score_pieces(backend, [replace(piece, records=records)], "packed")[0]
+            for records in (piece.records, (others,))
         )
         # The engine's log-probs travel as float32.
         assert np.abs(right - sampler[piece.positions]).max() < 1e-6

@@ -40,7 +40,9 @@ class Engine:
         self.label = label
         self.recorder.finish_update(label)
 
-    def forward(self, text: int, stop: int, cached: str = "") -> None:
+    def forward(
+        self, text: int, stop: int, cached: str = "", held: tuple[str, int] | None = None
+    ) -> None:
         """Compute a text's tokens up to `stop`; at its start, share the full blocks of another."""
         name = f"r{text}"
         anew = name not in self.blocks
@@ -56,7 +58,7 @@ class Engine:
             [row_of(text if not cached else 0, t, self.label) for t in range(begin, stop)]
         )
         self.recorder.put(torch.tensor(slots), torch.from_numpy(rows.astype(np.int32)))
-        self.recorder.forwarded(name, f"k{text}", begin, stop, anew=anew)
+        self.recorder.forwarded(name, f"k{text}", begin, stop, anew=anew, held=held)
         self.computed[name] = stop
 
     def preempt(self, text: int, *, told: bool = True) -> None:
@@ -98,6 +100,18 @@ def test_rows_of_a_prefix_that_was_found_in_the_cache_come_with_it() -> None:
     engine.forward(5, 14, cached="r0")
     engine.end(5)
     engine.check(engine.recorder.take("k5"), 0, "0", 14)
+
+
+def test_rows_that_the_caller_holds_are_not_copied_but_those_of_another_version_are() -> None:
+    engine = Engine()
+    engine.forward(1, 14, held=("0", 9))
+    engine.update("1")
+    engine.preempt(1, told=False)
+    engine.forward(1, 16, held=("0", 9))
+    engine.end(1)
+    segments = engine.recorder.take("k1")
+    engine.check(segments, 1, "0", 14, start=9)
+    engine.check(segments, 1, "1", 16)
 
 
 def test_a_preempted_request_keeps_its_rows_and_goes_on() -> None:

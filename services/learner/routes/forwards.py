@@ -54,7 +54,7 @@ def forward_members(
         ]
         for piece in whole_pieces(member.trajectory, temperature=temperature):
             owners.append(member.ticket_id)
-            pieces.append(piece if replay else dataclasses.replace(piece, routing=None))
+            pieces.append(piece if replay else dataclasses.replace(piece, records=()))
     for pack in balance([len(piece.token_ids) for piece in pieces], pack_tokens):
         chosen = [pieces[index] for index in pack]
         for index, logprobs in zip(pack, score_pieces(backend, chosen, "packed"), strict=True):
