@@ -10,7 +10,6 @@ import asyncio
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from services.learner.replay_plan import gaps, plan
 from services.learner.replaying import Stretch
 from shared.cli import records, replay_ranks
 from shared.cli.records import RunRecords
-from shared.cli.replay_part import OnEqual, Part, Replayed, make
+from shared.cli.replay_part import OnEqual, Part, Replayed, make, parts_of
 from shared.runtime.config import load, resolve
 from shared.runtime.errors import ConfigError
 from shared.wire.journal import RunStarted
@@ -59,9 +58,11 @@ def run(
     stretches = [Stretch(_config(phase.config, overrides), phase.stop) for phase in phases]
     if start and any(s.config.old_logprobs.route == "snapshot_old" for s in stretches):
         raise ConfigError("--from: old_logprobs.route snapshot_old needs the versions before, too")
+    digests = {version: found.manifests[version].digest for version in range(start, end + 1)}
     with tempfile.TemporaryDirectory(prefix="lagwise-replay-") as folder:
+        parts = parts_of(run_dir, Path(folder), stretches, digests)
         _provide_checkpoint(run_dir, start, Path(folder))
-        result = _make(_parts(found, stretches, start, Path(folder)), progress)
+        result = _make(parts, progress)
     if gap is not None and not result.problem:
         return Replayed(result.versions, f"version {gap.version}: {gap.reason}")
     return result
@@ -78,37 +79,6 @@ def _make(parts: Sequence[Part], progress: OnEqual) -> Replayed:
         if result.problem:
             return Replayed(versions, result.problem)
     return Replayed(versions)
-
-
-def _parts(found: RunRecords, stretches: Sequence[Stretch], start: int, folder: Path) -> list[Part]:
-    """Return what each set of processes makes.
-
-    Raises:
-        ConfigError: a route needs what another set of processes has made.
-    """
-    groups = [tuple(group) for _, group in groupby(stretches, _processes)]
-    if len(groups) > 1 and groups[0][-1].stop == start:
-        del groups[0]
-    for group in groups[1:]:
-        if any(s.config.old_logprobs.route == "snapshot_old" for s in group):
-            raise ConfigError(
-                "old_logprobs.route snapshot_old needs the versions before, which other ranks "
-                f"made: --versions {groups[0][-1].stop} replays these"
-            )
-    parts: list[Part] = []
-    for group in groups:
-        stop = group[-1].stop
-        digests = {v: found.manifests[v].digest for v in range(start, stop + 1)}
-        more = group is not groups[-1]
-        parts.append(Part(found.run_dir, folder, start, group, digests, more))
-        start = stop
-    return parts
-
-
-def _processes(stretch: Stretch) -> tuple[object, ...]:
-    """Return what of a configuration one set of processes cannot change."""
-    ranks = stretch.config.learner.ranks
-    return (ranks,) if ranks == 1 else (ranks, stretch.config.model)
 
 
 def line(result: Replayed) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from services.learner.replaying import Meet, Replay, Stretch
 from shared.cli import archive
 from shared.cli.archive import ArchivedStream, archive_dir, read_stream
 from shared.runtime.bus import Record
-from shared.runtime.errors import Fatal
+from shared.runtime.errors import ConfigError, Fatal
 from shared.runtime.service import cause_of
 from shared.wire.codec import decode
 from shared.wire.subjects import StreamName
 from shared.wire.weights import Keyframe, Manifest
 
+AGAIN = "the replay ends here; start it again"
 OnEqual = Callable[[int], None]
 """Takes a version whose digest is the archived one."""
 
@@ -89,6 +91,46 @@ class Part:
             digests=dict(told["digests"]),
             more=told["more"],
         )
+
+
+def parts_of(
+    run_dir: Path, folder: Path, stretches: Sequence[Stretch], digests: Mapping[int, str]
+) -> list[Part]:
+    """Return what each set of processes is to do, in order.
+
+    Args:
+        run_dir: of the run.
+        folder: of the replay.
+        stretches: in order.
+        digests: by version; the lowest is the one to begin with.
+
+    Raises:
+        ConfigError: a route needs what another set of processes has made.
+    """
+    start = min(digests)
+    groups = [tuple(group) for _, group in groupby(stretches, _processes)]
+    if len(groups) > 1 and groups[0][-1].stop == start:
+        del groups[0]
+    for stretch in chain(*groups[1:]):
+        if stretch.config.old_logprobs.route == "snapshot_old":
+            raise ConfigError(
+                "old_logprobs.route snapshot_old needs the versions before, which other ranks "
+                f"made: --versions {groups[0][-1].stop} replays those"
+            )
+    parts: list[Part] = []
+    for number, group in enumerate(groups):
+        stop = group[-1].stop
+        own = {version: digests[version] for version in range(start, stop + 1)}
+        more = number < len(groups) - 1
+        parts.append(Part(run_dir, folder, start, group, own, more))
+        start = stop
+    return parts
+
+
+def _processes(stretch: Stretch) -> tuple[object, ...]:
+    """Return what of a configuration one set of processes cannot change."""
+    ranks = stretch.config.learner.ranks
+    return (ranks,) if ranks == 1 else (ranks, stretch.config.model)
 
 
 async def make(part: Part, on_equal: OnEqual, meet: Meet = meet_ranks) -> Replayed:

@@ -1,7 +1,8 @@
 """`python -m shared.cli.replay_rank PART`: one of the ranks that train versions again together.
 
 Rank 0 replays, the others follow it. What is to be told goes to standard output, one JSON object a
-line: `equal` (a version), then `versions` and `problem`, or `refused` (one line) with the rank.
+line: `equal` (a version), then `versions` and `problem`, or `refused` (one line) with the rank; of
+rank 0 empty ones beside, as beats.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from services.learner.building import meet_ranks
 from services.learner.following import follow
+from shared.backends.rank_ends import beat_s
 from shared.backends.ranks import Ranks
-from shared.cli.replay_part import Part, Replayed, make
+from shared.cli.replay_part import AGAIN, Part, Replayed, make
 from shared.runtime.peers import unless_lost
 from shared.runtime.rank_life import die_with_launcher, is_follower, leave_now
 from shared.runtime.service import EXIT_CLEAN, EXIT_FAILED, cause_of, line_of
@@ -36,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     part = Part.read(Path((sys.argv[1:] if argv is None else argv)[0]))
     try:
         if not is_follower():
+            timeout_s = part.config.model.rank_timeout_s
+            threading.Thread(target=_beat, args=(say, timeout_s), daemon=True).start()
             asyncio.run(_lead(part, say))
         follow(part.config)
     except Exception as error:  # noqa: BLE001 - the shell: every end gets its line
@@ -56,6 +62,12 @@ def _voice() -> Say:
     return say
 
 
+def _beat(say: Say, timeout_s: float) -> NoReturn:
+    while True:
+        say()
+        time.sleep(beat_s(timeout_s))
+
+
 def _refuse(say: Say, error: BaseException) -> None:
     say(refused=line_of(cause_of(error)), rank=int(os.environ["RANK"]))
 
@@ -72,7 +84,7 @@ async def _lead(part: Part, say: Say) -> NoReturn:
             say(versions=result.versions, problem=result.problem)
             code = EXIT_CLEAN
         elif met and met[0].reason:  # the launcher saw it, too
-            say(refused=met[0].reason, rank=0)
+            say(refused=f"{met[0].reason}: {AGAIN}", rank=0)
     except Exception as error:  # noqa: BLE001 - the shell: every end gets its line
         _refuse(say, error)
     leave_now(code)
@@ -87,7 +99,7 @@ async def _replay(part: Part, say: Say, met: list[Ranks]) -> Replayed:
         results.append(await make(part, lambda version: say(equal=version), lambda _: ranks))
 
     try:
-        await unless_lost(ranks, work(), "the replay ends here; start it again")
+        await unless_lost(ranks, work(), AGAIN)
     finally:
         ranks.close()
     return results[0]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +17,15 @@ from typing import Any
 
 from shared.cli import torchrun
 from shared.cli.processes import child_environment, dying_with_us, last_line
-from shared.cli.replay_part import OnEqual, Part, Replayed
+from shared.cli.replay_part import AGAIN, OnEqual, Part, Replayed
 from shared.runtime.errors import Fatal
 
-_SHUTDOWN_S = 4
-"""Between SIGTERM and SIGKILL to ranks of which one has ended, or which are to end."""
-_MARGIN_S = 4.0
+_SHUTDOWN_S = 2
+"""Between SIGTERM and SIGKILL to ranks that are to end."""
+_MARGIN_S = 3.0
 """Beyond that for the launcher."""
+_IMPORTS_S = 60.0
+"""Before rank 0 can beat."""
 
 
 @dataclass
@@ -57,14 +61,36 @@ def replay(part: Part, on_equal: OnEqual) -> Replayed:
         )
     assert process.stdout is not None
     try:
-        with process.stdout:
-            heard = _listen(process.stdout, on_equal)
+        heard = _listen(_bounded(process.stdout, part.config.model.rank_timeout_s), on_equal)
         code = process.wait(_SHUTDOWN_S + _MARGIN_S)
     finally:
         _end(process)
     if heard.result is not None:
         return heard.result
     raise Fatal(_refusal(heard.refusals, code, log_path))
+
+
+def _bounded(lines: Iterable[str], timeout_s: float) -> Iterator[str]:
+    """Yield lines; the launcher waits long for a frozen rank 0, which does not hear it.
+
+    Raises:
+        Fatal: rank 0 has not even beaten for so long.
+    """
+    heard: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in lines:
+            heard.put(line)
+        heard.put(None)
+
+    threading.Thread(target=read, daemon=True, name="replay-ranks").start()
+    bound_s = timeout_s + _IMPORTS_S
+    try:
+        while (line := heard.get(timeout=bound_s)) is not None:
+            bound_s = timeout_s
+            yield line
+    except queue.Empty:
+        raise Fatal(f"rank 0: silent for {bound_s:g} s: {AGAIN}") from None
 
 
 def _listen(lines: Iterable[str], on_equal: OnEqual) -> _Heard:
@@ -78,7 +104,7 @@ def _listen(lines: Iterable[str], on_equal: OnEqual) -> _Heard:
             on_equal(told["equal"])
         elif "refused" in told:
             heard.refusals[told["rank"]] = told["refused"]
-        else:
+        elif "versions" in told:
             heard.result = Replayed(told["versions"], told["problem"])
     return heard
 
@@ -98,5 +124,7 @@ def _refusal(refusals: dict[int, str], code: int, log_path: Path) -> str:
     for rank in sorted(refusals):
         return refusals[rank]
     if code > 128:
-        return f"rank 0: its process ended by signal {signal.Signals(code - 128).name}"
+        return f"rank 0: its process ended by {signal.Signals(code - 128).name}: {AGAIN}"
+    if code < 0:
+        return f"the launcher of the ranks ended by {signal.Signals(-code).name}: {AGAIN}"
     return f"the ranks ended with exit code {code}: {last_line(log_path) or 'no word'}"

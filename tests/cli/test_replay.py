@@ -223,7 +223,7 @@ def test_requests_that_cannot_be_met_are_one_line(
         ("--set", f"model.source={other}"): "is not the model that this run began with",
         ("--set", "model.source=nowhere"): "model.source",
         ("--set", "learner.lrr=1"): "`learner.lrr` is not a known key",
-        ("--set", "learner.ranks=2"): "trained by 2 ranks",
+        ("--set", "learner.ranks=2", "--set", "model.layout.tp=2"): "model.layout",
     }
     for arguments, words in cases.items():
         assert main(["replay", str(run_dir), *arguments]) == 2, arguments
