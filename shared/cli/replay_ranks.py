@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shared.cli import torchrun
 from shared.cli.processes import child_environment, dying_with_us, last_line
@@ -70,7 +70,7 @@ def replay(part: Part, on_equal: OnEqual) -> Replayed:
     raise Fatal(_refusal(heard.refusals, code, log_path))
 
 
-def _bounded(lines: Iterable[str], timeout_s: float) -> Iterator[str]:
+def _bounded(output: IO[str], timeout_s: float) -> Iterator[str]:
     """Yield lines; the launcher waits long for a frozen rank 0, which does not hear it.
 
     Raises:
@@ -79,8 +79,9 @@ def _bounded(lines: Iterable[str], timeout_s: float) -> Iterator[str]:
     heard: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
-        for line in lines:
-            heard.put(line)
+        with output:
+            for line in output:
+                heard.put(line)
         heard.put(None)
 
     threading.Thread(target=read, daemon=True, name="replay-ranks").start()

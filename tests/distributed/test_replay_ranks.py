@@ -111,10 +111,9 @@ def test_tensor_parallel_ranks_come_to_the_published_bytes_again(tmp_path: Path)
 
 def test_a_run_whose_number_of_ranks_changed_is_replayed_with_both(tmp_path: Path) -> None:
     up(tmp_path / "run", TWO, versions=2)
-    up(tmp_path / "run", "learner.ranks=1", versions=4)
-    up(tmp_path / "run", TWO, versions=6)
-    assert_equal(command(tmp_path / "run"), 6)
-    assert_equal(command(tmp_path / "run", "--versions", "3"), 3)
+    up(tmp_path / "run", "learner.ranks=1", versions=3)
+    up(tmp_path / "run", TWO, versions=4)
+    assert_equal(command(tmp_path / "run"), 4)
 
 
 def test_a_tampered_trajectory_is_named(copied: Path) -> None:
