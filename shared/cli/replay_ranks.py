@@ -62,12 +62,13 @@ def replay(part: Part, on_equal: OnEqual) -> Replayed:
     assert process.stdout is not None
     try:
         heard = _listen(_bounded(process.stdout, part.config.model.rank_timeout_s), on_equal)
-        code = process.wait(_SHUTDOWN_S + _MARGIN_S)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_SHUTDOWN_S + _MARGIN_S)
     finally:
         _end(process)
     if heard.result is not None:
         return heard.result
-    raise Fatal(_refusal(heard.refusals, code, log_path))
+    raise Fatal(_refusal(heard.refusals, process.returncode, log_path))
 
 
 def _bounded(output: IO[str], timeout_s: float) -> Iterator[str]:
@@ -95,7 +96,7 @@ def _bounded(output: IO[str], timeout_s: float) -> Iterator[str]:
 
 
 def _listen(lines: Iterable[str], on_equal: OnEqual) -> _Heard:
-    """Take in what is said, until all ranks and their launcher have ended."""
+    """Take in what is said, until there is a result or all ranks and their launcher have ended."""
     heard = _Heard()
     for line in lines:
         if not line.startswith("{"):
@@ -107,6 +108,7 @@ def _listen(lines: Iterable[str], on_equal: OnEqual) -> _Heard:
             heard.refusals[told["rank"]] = told["refused"]
         elif "versions" in told:
             heard.result = Replayed(told["versions"], told["problem"])
+            break
     return heard
 
 
