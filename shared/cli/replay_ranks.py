@@ -126,6 +126,8 @@ def _refusal(refusals: dict[int, str], code: int, log_path: Path) -> str:
     """Return why there is no result: rank 0 knows best, then whoever spoke."""
     for rank in sorted(refusals):
         return refusals[rank]
+    if code == 128 + signal.SIGTERM:  # from the launcher, before rank 0 could say whom it lost
+        return f"a rank ended before all had met: {AGAIN}"
     if code > 128:
         return f"rank 0: its process ended by {signal.Signals(code - 128).name}: {AGAIN}"
     if code < 0:

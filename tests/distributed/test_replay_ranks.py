@@ -164,7 +164,10 @@ def ranks() -> dict[int, psutil.Process]:
     """Of the replay that this process has started."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.Process().children(recursive=True):
-        rank = process.environ().get("RANK")
+        try:
+            rank = process.environ().get("RANK")
+        except psutil.Error:
+            continue
         if rank is not None:
             found[int(rank)] = process
     return found
@@ -202,6 +205,26 @@ def test_a_dead_rank_ends_the_replay_at_once(recorded: Path, rank: int, line: st
     with pytest.raises(Fatal, match=line):
         replay.run(recorded, progress=hurt)
     assert hurt.ended_within(TIMEOUT_S)
+
+
+def test_a_rank_that_dies_before_they_have_met_is_one_line(recorded: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shared.cli.main", "replay", str(recorded)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while 1 not in (found := ranks()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found[1].kill()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert err == (
+        "lagwise: a rank ended before all had met: the replay ends here; start it again\n"
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
