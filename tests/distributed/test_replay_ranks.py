@@ -242,11 +242,11 @@ def test_an_interrupted_replay_leaves_nothing_running(recorded: Path) -> None:
     assert gone(hurt.processes)
 
 
-def test_a_killed_replay_leaves_nothing_running(recorded: Path) -> None:
+def test_a_killed_replay_leaves_nothing_running(recorded: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "shared.cli.main", "replay", str(recorded)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         stdout=subprocess.DEVNULL,
     )
     below: list[psutil.Process] = []
