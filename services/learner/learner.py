@@ -19,12 +19,13 @@ from services.learner.credit import make_credit
 from services.learner.decision import decide_batch
 from services.learner.desk import Desk
 from services.learner.evaluating import Evaluator
-from services.learner.fencing import FenceReport, Fencing
+from services.learner.fencing import Fencing
 from services.learner.journal_log import JournalLog
 from services.learner.positions import Positions
 from services.learner.publication import Publication
 from services.learner.skips import SkipBound
-from services.learner.staging import CompleteGroup, Scored
+from services.learner.staging import Scored
+from services.learner.step_groups import StepGroups
 from services.learner.step_inputs import StepInputs
 from services.learner.step_report import headline, step_report
 from services.learner.step_telemetry import StepTelemetry
@@ -42,8 +43,6 @@ from shared.weights.publisher import Published
 from shared.wire.codec import decode, encode
 from shared.wire.journal import Batch, RunFinished, RunStarted
 from shared.wire.telemetry import StepReport
-
-_RECHECK_S = 0.5
 
 
 class Learner:
@@ -70,13 +69,18 @@ class Learner:
         self._inputs = inputs
         self._positions = positions
         self._fencing = fencing
-        self._fence_report: FenceReport | None = None
-        """Of the step under way."""
         self._checkpoints = Checkpointing(
             config,
             (backend, inputs),
             context.log,
             on_complete=lambda oldest: journal.state.forget_batches(oldest),
+        )
+        self._groups = StepGroups(
+            desk,
+            fencing,
+            context.stop,
+            drops_stale=config.admission.on_stale == "drop",
+            settle=self._checkpoints.settle,
         )
         self._trainer = Trainer(
             backend,
@@ -91,7 +95,6 @@ class Learner:
         self._recovery = Recovery(context, desk, journal, with_scores=inputs.route.waits_for_scores)
         self._previous: dict[str, torch.Tensor] = {}
         """The head's tensors right after a restart: base of the first delta."""
-        self._wait_s = 0.0
         self._skips = SkipBound(config.learner.max_skipped_steps)
         self._reported = 0
         """Newest version whose report is on the log."""
@@ -203,7 +206,7 @@ class Learner:
         await self.evaluator.evaluate("base", 0, head=self.version)
         while self.version < self._config.learner.versions:
             await self.evaluator.evaluate_pinned(self.version)
-            groups = await self._next_groups()
+            groups = await self._groups.next(self.version, self._publication.head_digest)
             if not groups:
                 return
             batch = decide_batch(
@@ -244,44 +247,6 @@ class Learner:
         finished = self._journal.state.finished
         return finished is not None and finished.version == self._config.learner.versions
 
-    async def _next_groups(self) -> list[CompleteGroup]:
-        waiting_since = time.perf_counter()
-        while not self._context.stop.is_set():
-            self._desk.changed.clear()
-            self._checkpoints.settle()
-            if self._config.admission.on_stale == "drop":
-                await self._desk.drop_stale()
-            groups = await self._fenced_groups() if self._fencing else self._desk.next_groups()
-            if groups:
-                self._wait_s = time.perf_counter() - waiting_since
-                return groups
-            await self._changed_or_stopped()
-        return []
-
-    async def _fenced_groups(self) -> list[CompleteGroup]:
-        """Have everything scored that this version sampled before a step may leave it."""
-        assert self._fencing is not None
-        if not self._desk.batch_is_played():
-            return []
-        digest = self._publication.head_digest
-        self._fence_report = await self._fencing.run(self.version, digest)
-        groups = self._desk.next_groups() if self._fence_report else []
-        if not groups:
-            await self._fencing.lower(self.version)
-        return groups
-
-    async def _changed_or_stopped(self) -> None:
-        changed = asyncio.ensure_future(self._desk.changed.wait())
-        stopped = asyncio.ensure_future(self._context.stop.wait())
-        try:
-            # The bound: several waiters share the event, and one may clear it for another.
-            await asyncio.wait(
-                (changed, stopped), timeout=_RECHECK_S, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            changed.cancel()
-            stopped.cancel()
-
     async def _execute(self, batch: Batch, members: dict[str, Scored], *, replay: bool) -> None:
         """Perform a journalled batch; on replay nothing is decided again."""
         started_at = time.time()
@@ -315,7 +280,8 @@ class Learner:
             self._context.count("old_logprobs_s", old.cost.seconds)
             self._context.count("fallback_tokens", old.fallback_tokens)
             outcome.scalars.update(self._inputs.scalars(old))
-            outcome.scalars.update(self._fence_report.scalars() if self._fence_report else {})
+            fence = self._groups.fence_report
+            outcome.scalars.update(fence.scalars() if fence else {})
             self._telemetry.show(outcome)
             report = self._report(batch, members, outcome, published, (started_at, trained_at))
             await self._context.bus.append(
@@ -377,7 +343,7 @@ class Learner:
             times,
             dispatched_lengths=dispatched,
             further={
-                "wait_s": self._wait_s,
+                "wait_s": self._groups.wait_s,
                 **self._checkpoints.scalars(),
                 "outstanding_groups": float(len(self._desk.admission.outstanding)),
                 "ready_groups": float(len(self._desk.ready)),

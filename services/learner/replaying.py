@@ -22,6 +22,7 @@ from services.learner.learner import Learner
 from services.learner.positions import Positions
 from services.learner.publication import Publication, Slack
 from services.learner.takeover import state_digest
+from shared.backends.ranks import Ranks
 from shared.runtime.bus import Record
 from shared.runtime.context import Context
 from shared.runtime.errors import ConfigError
@@ -40,6 +41,7 @@ from shared.wire.weights import Control
 _UNBOUNDED = 1 << 62
 OnVersion = Callable[[int, str], bool]
 """Takes a version and the digest of its bytes; False ends the replay."""
+Meet = Callable[[LearnerConfig], Ranks]
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,31 @@ class Replay:
         records: by stream, ascending: journal, terminals, scores; with the manifests up to a
             checkpoint's version the replay begins there.
         folder: an empty one, for checkpoints; a checkpoint to begin from lies in it.
+        meet: gives the ranks that compute, this process the first of them.
     """
 
     def __init__(
-        self, run: str, records: Mapping[StreamName, Sequence[Record]], folder: Path
+        self,
+        run: str,
+        records: Mapping[StreamName, Sequence[Record]],
+        folder: Path,
+        meet: Meet = meet_ranks,
     ) -> None:
         self._subjects = Subjects(run)
         self._server = MemoryServer(max_stream_bytes=_UNBOUNDED)
         self._records = records
         self._folder = folder
+        self._meet = meet
 
-    async def run(self, stretches: Sequence[Stretch], on_version: OnVersion) -> None:
+    async def run(
+        self, stretches: Sequence[Stretch], on_version: OnVersion, *, more: bool = False
+    ) -> None:
         """Make the versions of all stretches again, as far as the journal goes.
+
+        Args:
+            stretches: in order.
+            on_version: told each version.
+            more: leave a checkpoint of the last version in the folder.
 
         Raises:
             ConfigError: the model is not the one the run began with.
@@ -80,7 +95,7 @@ class Replay:
             await bus.create_streams()
             if not number:
                 self._restore()
-            last = number == len(stretches) - 1
+            last = number == len(stretches) - 1 and not more
             if not await self._stretch(bus, stretch, number, on_version, last=last):
                 return
 
@@ -94,7 +109,7 @@ class Replay:
     ) -> bool:
         config = _offline(stretch.config, self._folder)
         context = Context("learner", "replay", f"replay-{number}", bus, Log("replay", "replay"))
-        ranks = meet_ranks(config)
+        ranks = self._meet(config)
         backend = load_backend(config, ranks)
         make_scorer = partial(load_backend, config, ranks, trains=False)
         if not number and "manifests" not in self._records:

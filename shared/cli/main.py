@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
-from shared.runtime.errors import BusUnavailable, ConfigError
+from shared.runtime.errors import BusUnavailable, ConfigError, Fatal
 
 
 class _Commands(Protocol):
@@ -24,7 +24,7 @@ class _Commands(Protocol):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 1 (a verdict), 2 (bad input), 130 (Ctrl-C)."""
+    """Run one command; return the exit code: 0, 1 (a verdict), 2 (none), 130 (Ctrl-C)."""
     arguments = _parser().parse_args(argv)
     if arguments.run is None:
         _parser().print_help()
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger().addHandler(logging.NullHandler())  # errors are said once, below
     try:
         return int(arguments.run(arguments))
-    except (ConfigError, BusUnavailable) as error:
+    except (ConfigError, BusUnavailable, Fatal) as error:
         sys.stderr.write(f"lagwise: {error}\n")
         return 2
     except KeyboardInterrupt:

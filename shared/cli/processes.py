@@ -63,22 +63,29 @@ def child_environment(
     return {**QUIET_ENVIRONMENT, **kept, **(extra or {})}
 
 
+def dying_with_us(argv: Sequence[str]) -> list[str]:
+    """Return the command of a child that dies with the thread that starts it.
+
+    That is to be the main thread: Linux ties the child's life to the calling thread.
+    """
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *argv]
+
+
 async def spawn(
     argv: Sequence[str], log_path: Path, environ: Mapping[str, str]
 ) -> asyncio.subprocess.Process:
     """Start a process in a session of its own that dies with us; output is appended to its log.
 
-    Must be called on the main thread: Linux ties the child's life to the calling thread.
+    Must be called on the main thread (`dying_with_us`).
 
     Raises:
         OSError: the interpreter or the log file.
     """
-    wrapped = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *argv]
     log_path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         return await asyncio.create_subprocess_exec(
-            *wrapped,
+            *dying_with_us(argv),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=descriptor,
             stderr=descriptor,

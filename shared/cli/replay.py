@@ -9,36 +9,20 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from services.learner.checkpoint_files import read as read_checkpoint
 from services.learner.config import LearnerConfig
 from services.learner.replay_plan import gaps, plan
-from services.learner.replaying import Replay, Stretch
-from shared.cli import archive, records
-from shared.cli.archive import ArchivedStream, archive_dir, read_stream
+from services.learner.replaying import Stretch
+from shared.cli import records, replay_ranks
 from shared.cli.records import RunRecords
-from shared.runtime.bus import Record
+from shared.cli.replay_part import OnEqual, Part, Replayed, make, parts_of
 from shared.runtime.config import load, resolve
-from shared.runtime.errors import ConfigError, Fatal
-from shared.runtime.service import cause_of
-from shared.wire.codec import decode
+from shared.runtime.errors import ConfigError
 from shared.wire.journal import RunStarted
-from shared.wire.subjects import StreamName
-from shared.wire.weights import Keyframe, Manifest
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """What came out."""
-
-    versions: int
-    """Whose digests are the archived ones; the one it began with is not counted."""
-    problem: str = ""
-    """One line; empty when everything is equal."""
 
 
 def run(
@@ -47,7 +31,7 @@ def run(
     versions: int | None = None,
     start: int = 0,
     overrides: Sequence[str] = (),
-    progress: Callable[[int], None] = lambda version: None,
+    progress: OnEqual = lambda version: None,
 ) -> Replayed:
     """Train a run again and compare every version's digest with its archived manifest.
 
@@ -60,6 +44,7 @@ def run(
 
     Raises:
         ConfigError: the archive lacks a record, or the request cannot be met.
+        Fatal: the run's learner had several ranks, and those of the replay refused or were lost.
     """
     found = records.load(run_dir)
     last = _newest(found, versions, start)
@@ -73,46 +58,27 @@ def run(
     stretches = [Stretch(_config(phase.config, overrides), phase.stop) for phase in phases]
     if start and any(s.config.old_logprobs.route == "snapshot_old" for s in stretches):
         raise ConfigError("--from: old_logprobs.route snapshot_old needs the versions before, too")
-    ranks = max(stretch.config.learner.ranks for stretch in stretches)
-    if ranks > 1:
-        raise ConfigError(
-            f"{run_dir}: trained by {ranks} ranks, whose sums one process does not repeat bit for "
-            "bit; to see how far it comes: --set learner.ranks=1"
-        )
-    result = _replay(found, stretches, start, progress)
+    digests = {version: found.manifests[version].digest for version in range(start, end + 1)}
+    with tempfile.TemporaryDirectory(prefix="lagwise-replay-") as folder:
+        parts = parts_of(run_dir, Path(folder), stretches, digests)
+        _provide_checkpoint(run_dir, start, Path(folder))
+        result = _make(parts, progress)
     if gap is not None and not result.problem:
         return Replayed(result.versions, f"version {gap.version}: {gap.reason}")
     return result
 
 
-def _replay(
-    found: RunRecords, stretches: Sequence[Stretch], start: int, progress: Callable[[int], None]
-) -> Replayed:
-    result = Replayed(0)
-
-    def compare(version: int, digest: str) -> bool:
-        nonlocal result
-        archived = found.manifests[version].digest
-        if digest != archived:
-            line = f"version {version} differs: digest {digest}, archived {archived}"
-            result = Replayed(result.versions, line)
-            return False
-        result = Replayed(version - start)
-        progress(version)
-        return True
-
-    with tempfile.TemporaryDirectory(prefix="lagwise-replay-") as folder:
-        _provide_checkpoint(found.run_dir, start, Path(folder))
-        streams = _streams(found.run_dir, start)
-        replay = Replay(stretches[0].config.run.name, streams, Path(folder))
-        try:
-            asyncio.run(replay.run(stretches, compare))
-        except (Fatal, ExceptionGroup) as error:
-            cause = cause_of(error)
-            if not isinstance(cause, Fatal):
-                raise
-            return Replayed(result.versions, f"version {start + result.versions + 1}: {cause}")
-    return result
+def _make(parts: Sequence[Part], progress: OnEqual) -> Replayed:
+    versions = 0
+    for part in parts:
+        if part.ranks == 1:
+            result = asyncio.run(make(part, progress))
+        else:
+            result = replay_ranks.replay(part, progress)
+        versions += result.versions
+        if result.problem:
+            return Replayed(versions, result.problem)
+    return Replayed(versions)
 
 
 def line(result: Replayed) -> str:
@@ -147,30 +113,6 @@ def _newest(found: RunRecords, wanted: int | None, start: int) -> int:
 def _config(journalled: Mapping[str, Any], overrides: Sequence[str]) -> LearnerConfig:
     tree = resolve(journalled, overrides, environ={})
     return load(LearnerConfig, tree, origin="archive/journal.bin: the run's configuration")
-
-
-def _streams(run_dir: Path, start: int) -> dict[StreamName, list[Record]]:
-    names: tuple[ArchivedStream, ...] = ("journal", "terminals", "scores")
-    streams: dict[StreamName, list[Record]] = {
-        name: [_record(archived) for archived in read_stream(archive_dir(run_dir), name)]
-        for name in names
-    }
-    if start:
-        streams["manifests"] = list(_manifests(run_dir, start))
-    return streams
-
-
-def _manifests(run_dir: Path, start: int) -> Iterator[Record]:
-    """Yield the manifest log up to a version's manifest."""
-    for archived in read_stream(archive_dir(run_dir), "manifests"):
-        yield _record(archived)
-        message = decode(archived.payload, Manifest, Keyframe)
-        if isinstance(message, Manifest) and message.version == start:
-            return
-
-
-def _record(archived: archive.Record) -> Record:
-    return Record(archived.seq, archived.subject, archived.payload, archived.stored_at)
 
 
 def _provide_checkpoint(run_dir: Path, version: int, folder: Path) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO, cast
 
+from shared.cli import torchrun
 from shared.cli.config_cmd import Values, check_model_directory, validate
 from shared.cli.display import Display
 from shared.cli.processes import child_environment
@@ -268,10 +269,7 @@ class _Run:
         if ranks == 1:
             return (python, *rest)
         drain_s = math.ceil(self._common.telemetry.drain_s) + _DRAIN_MARGIN_S
-        return (
-            *(python, "-m", "shared.cli.torchrun", "--standalone", "--max-restarts", "0"),
-            *("--nproc-per-node", str(ranks), "--shutdown-timeout", str(drain_s), *rest),
-        )
+        return torchrun.command(python, ranks, rest, shutdown_s=drain_s)
 
     def _python(self, module: str, *arguments: str, role: str = "") -> tuple[str, ...]:
         """Return the command of a module; a role may have an environment of its own (vLLM)."""

@@ -27,6 +27,21 @@ def code_of(failures: Mapping[int, int]) -> int:
     return code if code > 0 else 128 - code
 
 
+def command(python: str, ranks: int, rest: Sequence[str], *, shutdown_s: int) -> tuple[str, ...]:
+    """Return the command that starts ranks on this machine, which are started once.
+
+    Args:
+        python: the interpreter.
+        ranks: how many.
+        rest: of a rank's command, after the interpreter.
+        shutdown_s: between SIGTERM and SIGKILL to ranks of which one has ended.
+    """
+    return (
+        *(python, "-m", "shared.cli.torchrun", "--standalone", "--max-restarts", "0"),
+        *("--nproc-per-node", str(ranks), "--shutdown-timeout", str(shutdown_s), *rest),
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run to the end of all ranks; return the exit code."""
     leave_at_sigterm()  # until torchrun hands it on

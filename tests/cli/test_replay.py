@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from services.learner.config import LearnerConfig
 from shared.cli import replay
@@ -30,6 +32,7 @@ from tests.learner.crash_world import (
 )
 from tests.learner.interrupt_world import World
 
+ROOT = Path(__file__).resolve().parents[2]
 ROUTES = (
     "oracle", "snapshot_old", "ewma_prox", "ppo_ewma_async", "interp_prox_loglinear",
     "interp_prox_linear", "current_recompute", "rollout",
@@ -223,7 +226,7 @@ def test_requests_that_cannot_be_met_are_one_line(
         ("--set", f"model.source={other}"): "is not the model that this run began with",
         ("--set", "model.source=nowhere"): "model.source",
         ("--set", "learner.lrr=1"): "`learner.lrr` is not a known key",
-        ("--set", "learner.ranks=2"): "trained by 2 ranks",
+        ("--set", "learner.ranks=2", "--set", "model.layout.tp=2"): "model.layout",
     }
     for arguments, words in cases.items():
         assert main(["replay", str(run_dir), *arguments]) == 2, arguments
@@ -232,3 +235,32 @@ def test_requests_that_cannot_be_met_are_one_line(
         assert told.count("\n") == 1
     with pytest.raises(ConfigError, match="journal"):
         replay.run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.backend=megatron", "needs megatron-core (not here): install the extra megatron"),
+        pytest.param(
+            "model.device=cuda",
+            "shows no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it does"),
+        ),
+    ],
+)
+def test_what_two_ranks_refuse_is_one_line(
+    setting: str,
+    words: str,
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "hidden/megatron").mkdir(parents=True)
+    (tmp_path / "hidden/megatron/__init__.py").write_text("raise ImportError('not here')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'hidden'}{os.pathsep}{ROOT}")
+    assert main(["replay", str(run_dir), "--set", "learner.ranks=2", "--set", setting]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert words in told.err
+    assert told.err.count("\n") == 1
