@@ -120,7 +120,7 @@ $(MEGATRON): $(DEV)
 	@touch $@
 
 test-distributed: $(MEGATRON) ## backends and services on several ranks: FSDP2 and megatron-core layouts (20 minutes)
-	$(RUN) $(BIN)/python -m pytest tests/distributed $(PYTEST_ARGS)
+	$(RUN) $(BIN)/python -m pytest -m distributed tests/distributed tests/backends $(PYTEST_ARGS)
 
 $(CHART): $(DEV)
 	@PYTHON=$(PYTHON) scripts/install.sh $(VENV) chart

@@ -303,6 +303,7 @@ def test_routers_of_another_formula_are_refused_only_where_rows_are_given(
         backend.score(packed(ids, at_random()), temperature=1.0)
 
 
+@pytest.mark.distributed  # it compiles for half a minute
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
