@@ -98,10 +98,8 @@ async def _replay(part: Part, say: Say, met: list[Ranks]) -> Replayed:
     async def work() -> None:
         results.append(await make(part, lambda version: say(equal=version), lambda _: ranks))
 
-    try:
-        await unless_lost(ranks, work(), AGAIN)
-    finally:
-        ranks.close()
+    await unless_lost(ranks, work(), AGAIN)
+    ranks.close()  # not after a loss: this process says so and leaves
     return results[0]
 
 

@@ -23,7 +23,7 @@ from shared.runtime.errors import Fatal
 _SHUTDOWN_S = 2
 """Between SIGTERM and SIGKILL to ranks that are to end."""
 _MARGIN_S = 3.0
-"""Beyond that for the launcher."""
+"""Beyond a bound, for whoever keeps it."""
 _IMPORTS_S = 60.0
 """Before rank 0 can beat."""
 
@@ -88,8 +88,8 @@ def _bounded(output: IO[str], timeout_s: float) -> Iterator[str]:
     threading.Thread(target=read, daemon=True, name="replay-ranks").start()
     bound_s = timeout_s + _IMPORTS_S
     try:
-        while (line := heard.get(timeout=bound_s)) is not None:
-            bound_s = timeout_s
+        while (line := heard.get(timeout=bound_s + _MARGIN_S)) is not None:
+            bound_s = timeout_s  # and a margin: rank 0 knows best who is silent
             yield line
     except queue.Empty:
         raise Fatal(f"rank 0: silent for {bound_s:g} s: {AGAIN}") from None

@@ -235,7 +235,12 @@ def test_a_frozen_rank_ends_the_replay_within_the_bound(recorded: Path, rank: in
     assert hurt.ended_within(TIMEOUT_S + 10)
 
 
-def test_an_interrupted_replay_leaves_nothing_running(recorded: Path) -> None:
+def test_an_interrupted_replay_leaves_nothing_running(
+    recorded: Path, request: pytest.FixtureRequest
+) -> None:
+    # A shell's job in the background begins with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     hurt = Hurt(lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         replay.run(recorded, progress=hurt)
