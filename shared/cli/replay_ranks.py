@@ -92,7 +92,9 @@ def _bounded(output: IO[str], timeout_s: float) -> Iterator[str]:
             bound_s = timeout_s  # and a margin: rank 0 knows best who is silent
             yield line
     except queue.Empty:
-        raise Fatal(f"rank 0: silent for {bound_s:g} s: {AGAIN}") from None
+        # It may hold the interpreter's lock in a collective that waits for a frozen one.
+        who = "rank 0, or one that it waits for"
+        raise Fatal(f"{who}: silent for {bound_s:g} s: {AGAIN}") from None
 
 
 def _listen(lines: Iterable[str], on_equal: OnEqual) -> _Heard:
