@@ -24,7 +24,7 @@ class _Commands(Protocol):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 1 (a verdict), 2 (none), 130 (Ctrl-C)."""
+    """Run one command; return the exit code: 0, 1 (a verdict), 2 (no answer), 130 (Ctrl-C)."""
     arguments = _parser().parse_args(argv)
     if arguments.run is None:
         _parser().print_help()

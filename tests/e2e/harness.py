@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples/frozen_lake/values.yaml"
@@ -120,6 +121,16 @@ def small(versions: int, eval_episodes: int = 0) -> list[str]:
         "admission.groups_per_version": 8,
     }
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def example(file: Path, oracles: int = 1, **sections: dict[str, Any]) -> Path:
+    """Write the example's values with other settings in sections of `config`; return the file."""
+    values = yaml.safe_load(EXAMPLE.read_text())
+    values["logit_oracle"]["replicas"] = oracles
+    for name, settings in sections.items():
+        values["config"][name] |= settings
+    file.write_text(yaml.safe_dump(values))
+    return file
 
 
 def gone(processes: list[psutil.Process]) -> bool:

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-import yaml
-from harness import EXAMPLE, assert_sound, small
+from harness import assert_sound, example, small
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -14,11 +13,7 @@ VERSIONS = 2 * len(TARGETS) + 20
 
 
 def test_one_kill_of_every_target_leaves_every_old_logit_exact(start, tmp_path: Path) -> None:
-    values = yaml.safe_load(EXAMPLE.read_text())
-    values["logit_oracle"]["replicas"] = 0
-    values["config"]["old_logprobs"]["route"] = "interrupt"
-    config = tmp_path / "interrupt.yaml"
-    config.write_text(yaml.safe_dump(values))
+    config = example(tmp_path / "interrupt.yaml", 0, old_logprobs={"route": "interrupt"})
     run = start("up", "--config", str(config), "--audit", "300", *small(VERSIONS))
     run.kill_in_turn(TARGETS)
     assert run.wait(240) == 0, run.output()

@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import yaml
-from harness import EXAMPLE, ROOT, assert_sound, small
+from harness import ROOT, assert_sound, example, small
 from safetensors.torch import load_file
-from upcycled import CHOICES, LAYERS, upcycle
+from upcycled import CHOICES, LAYERS, sequences_of, upcycle
 
 from shared.backends.torch_backend import TorchBackend
 from shared.backends.trajectory_scoring import Piece, pieces_of, score_pieces
@@ -30,11 +29,11 @@ F8 = npt.NDArray[np.float64]
 def test_replayed_routing_is_audited_across_kills(start, tmp_path: Path) -> None:
     model = tmp_path / "moe"
     upcycle(ROOT / "examples/frozen_lake/base", model)
-    values = yaml.safe_load(EXAMPLE.read_text())
-    values["config"]["model"] |= {"source": str(model), "routing": "replay"}
-    values["config"]["rollout"]["max_running"] = 2  # slow: versions change in mid-episode
-    config = tmp_path / "moe.yaml"
-    config.write_text(yaml.safe_dump(values))
+    config = example(
+        tmp_path / "moe.yaml",
+        model={"source": str(model), "routing": "replay"},
+        rollout={"max_running": 2},  # slow: versions change in mid-episode
+    )
     run = start("up", "--config", str(config), "--audit", "600", *small(VERSIONS))
     run.kill_in_turn(TARGETS)
     assert run.wait(270) == 0, run.output()
@@ -43,8 +42,7 @@ def test_replayed_routing_is_audited_across_kills(start, tmp_path: Path) -> None
     assert summary["audited_tokens"] >= 600
     assert summary["audit_mismatches"] == 0
     records = load(run.run_dir)
-    played = [records.terminal(seq).outcome for seq in records.terminals]
-    sequences = [s for one in played if isinstance(one, Trajectory) for s in one.sequences]
+    sequences = sequences_of(records)
     assert len(sequences) >= 64 * VERSIONS
     assert {r.experts.shape[1:] for s in sequences for r in s.routing} == {(LAYERS, CHOICES)}
     # Some were sampled by several versions: each of them has recorded the prefix anew.

@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.cli.records import RunRecords
+from shared.wire.trajectory import Sequence, Trajectory
+
 EXPERTS, CHOICES, LAYERS = 4, 2, 2
 
 
@@ -34,6 +37,12 @@ def upcycle(base: Path, out: Path, *, noise: float = 0.2, seed: int = 0) -> None
     dense = load_file(base / "model.safetensors")
     tensors = _tensors(dense, config["hidden_size"], noise, seed)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+
+def sequences_of(records: RunRecords) -> list[Sequence]:
+    """Return all sequences that were played in a run, with their routing."""
+    played = [records.terminal(seq).outcome for seq in records.terminals]
+    return [s for one in played if isinstance(one, Trajectory) for s in one.sequences]
 
 
 def _tensors(
